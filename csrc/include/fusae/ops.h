@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+// One plain-data argument struct per kernel, and the table of kernels that every CPU instruction set fills.
+// Pointers are raw; matrices are row-major and contiguous unless a stride is given; strides are in elements.
+// Indices of latents are int32, all sizes and offsets int64.
+#pragma once
+#include <cstdint>
+
+#include "fusae/dtype.h"
+
+namespace fusae {
+
+// Running selection of the k best of every row while column tiles of the scores stream by in ascending order.
+// Candidates of row i live in pre[i*cap ...], idx[i*cap ...]; count[i] of them, in order of arrival. A row's candidates
+// are cut back to its k best whenever the next block of columns might not fit.
+struct SelectState {
+  float* pre;        // [n, cap] pre-activations of candidates
+  int32_t* idx;      // [n, cap] their latents
+  int32_t* count;    // [n]
+  float* threshold;  // [n] score that a new candidate has to beat; -inf until k were seen
+  int64_t cap;       // >= k + 512
+  int64_t k;
+};
+
+struct SelectTileArgs {
+  const void* tile;   // [n, cols] products x·W_encᵀ (or given pre-activations)
+  DType dtype;        // of tile
+  int64_t stride;     // between rows of tile
+  int64_t n, cols;
+  int64_t first;      // latent of the tile's first column
+  const float* bias;  // [cols] of this tile, or null
+  const float* norms; // [cols] of this tile, or null: score = pre * norms
+  const uint8_t* mask;  // [cols] of this tile, or null: for `aux`
+  bool magnitude;     // score = |pre|
+  SelectState main;
+  SelectState aux;    // k == 0: none. Selects among mask != 0.
+  int32_t threads;
+};
+
+// Sorts the candidates of every row, applies the activation, rounds and writes the codes.
+struct SelectFinishArgs {
+  SelectState state;
+  int64_t n, m;
+  const float* norms;   // [m] or null
+  const uint8_t* mask;  // [m] or null; with it, rows short of k are filled with unmasked latents of value 0
+  bool magnitude, relu;
+  void* values;         // [n, k]
+  DType dtype;
+  int32_t* indices;     // [n, k]
+  int32_t threads;
+};
+
+// Sparse codes: fixed width (offsets null, width entries a row) or ragged (offsets [n+1]).
+struct Codes {
+  const void* values;
+  DType dtype;
+  const int32_t* indices;
+  const int64_t* offsets;
+  int64_t n, width;
+};
+
+struct DecodeArgs {
+  Codes codes;
+  const void* weight;  // [m, d]
+  const void* bias;    // [d] or null
+  void* out;           // [n, d]
+  DType dtype;         // of weight, bias, out
+  int64_t m, d;
+  int32_t threads;
+};
+
+// A stable counting sort of the stored entries by latent: entries of latent j are order[start[j] .. start[j+1]).
+struct ByLatentArgs {
+  Codes codes;
+  int64_t m;
+  int64_t* start;  // [m + 1]
+  int64_t* order;  // [entries] position of the entry in the storage
+  int32_t* row;    // [entries] its row
+  int32_t threads;
+};
+
+// One pass over the latents. For latent j and its entries e in row order:
+//   sum[j]  = Σ coef[e] * rows[row[e]]          (when sum is not null)
+//   dots[e] = rows[row[e]] · weight[j]          (when dots is not null; for every stored entry)
+//   coef_sum[j] = Σ coef[e]                     (when coef_sum is not null)
+// With `latents`, only those u latents are visited and sum has u rows.
+struct LatentPassArgs {
+  Codes codes;             // values are coef
+  const int64_t* start;
+  const int64_t* order;
+  const int32_t* row;
+  const int64_t* latents;  // [u] or null: all m
+  int64_t u;
+  const void* rows;        // [n, d]
+  const void* weight;      // [m, d], for dots
+  DType dtype;             // of rows, weight, sum, coef_sum
+  int64_t m, d;
+  void* sum;
+  void* dots;              // dtype of codes
+  void* coef_sum;          // [m]
+  int32_t threads;
+};
+
+struct AdamRowsArgs {
+  void* param;  // [m, d]
+  float* exp_avg;
+  float* exp_avg_sq;
+  const void* grad;     // [m, d] or [u, d]
+  const int64_t* rows;  // [u] ascending, or null
+  DType dtype;          // of param, grad
+  int64_t m, d, u;
+  // The update, with everything that is the same for all elements worked out in double by the caller.
+  float decay;          // multiplies the weight first (1: none; AdamW)
+  float l2;             // added to the gradient times the weight (0: none; Adam)
+  float one_minus_beta1, beta2, one_minus_beta2;
+  float step_size;      // lr / (1 - beta1^t)
+  float root_correction2;  // sqrt(1 - beta2^t)
+  float eps;
+  bool masked, project, renormalise;
+  int32_t threads;
+};
+
+namespace cpu {
+
+// The kernels of one instruction set.
+struct Table {
+  const char* name;
+  void (*select_tile)(const SelectTileArgs&);
+  void (*select_finish)(const SelectFinishArgs&);
+  void (*decode)(const DecodeArgs&);
+  void (*by_latent)(const ByLatentArgs&);
+  void (*latent_pass)(const LatentPassArgs&);
+  void (*adam_rows)(const AdamRowsArgs&);
+};
+
+const Table& active();
+// Name of every instruction set compiled in, best first; nullptr past the end.
+const char* compiled(int i);
+bool runnable(const char* name);
+// False when the name is not compiled in or this processor cannot run it; nothing changes then.
+bool set_active(const char* name);
+
+}  // namespace cpu
+}  // namespace fusae

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fusae: fused sparse autoencoders.
+
+Notation: n rows (tokens), d model width, m latents, k active per row. Weights are ``[m, d]``, row = latent.
+"""
+
+import importlib.metadata
+
+import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the only one in the process)
+
+from ._dispatch import BackendError, backend
+from .codes import SparseCodes
+from .info import explain
+from .ops import adam_rows_, decode, encode_topk, topk
+
+__version__ = importlib.metadata.version("fusae")
+
+__all__ = [
+    "BackendError",
+    "SparseCodes",
+    "adam_rows_",
+    "backend",
+    "decode",
+    "encode_topk",
+    "explain",
+    "topk",
+]

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks of the public functions. Every message names the argument, what was wanted and what came."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .codes import SparseCodes
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    return value
+
+
+def floating(name: str, value: object) -> Tensor:
+    value = tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    return value
+
+
+def like(name: str, value: Tensor, ref_name: str, ref: Tensor, *, dtype: bool = True) -> None:
+    """Same device as `ref`, and (with `dtype`) the same dtype."""
+    if value.device != ref.device:
+        raise ValueError(f"{name} must be on {ref.device} like {ref_name}, got {value.device}")
+    if dtype and value.dtype != ref.dtype:
+        raise TypeError(f"{name} must have dtype {ref.dtype} like {ref_name}, got {value.dtype}")
+
+
+def matrix(name: str, value: object, columns: int, columns_of: str) -> Tensor:
+    """A weight ``[m, d]`` whose width d is that of another argument."""
+    value = floating(name, value)
+    if value.ndim != 2 or value.shape[1] != columns:
+        hint = " (transposed?)" if value.ndim == 2 and value.shape[0] == columns else ""
+        raise ValueError(
+            f"{name} must have shape [m, {columns}], row = latent, to match {columns_of}, got {list(value.shape)}{hint}"
+        )
+    if value.shape[0] < 1:
+        raise ValueError(f"{name} must have at least one latent (row), got shape {list(value.shape)}")
+    if not torch.compiler.is_compiling() and value.shape[0] >= 2**31:
+        raise ValueError(f"{name} must have fewer than 2**31 latents (indices are int32), got {value.shape[0]}")
+    return value
+
+
+def vector(name: str, value: object, length: int, meaning: str) -> Tensor:
+    value = tensor(name, value)
+    if value.ndim != 1 or value.shape[0] != length:
+        raise ValueError(f"{name} must have shape [{length}] ({meaning}), got {list(value.shape)}")
+    return value
+
+
+def count(name: str, value: object, upper: int, upper_name: str, *, lower: int = 1) -> int:
+    """An integer in ``[lower, upper]`` (symbolic sizes of torch.compile included)."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < lower or value > upper:
+        raise ValueError(f"{name} must be between {lower} and {upper_name} = {upper}, got {value}")
+    return value
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> str:
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+    return value
+
+
+def codes(name: str, value: object) -> SparseCodes:
+    from .codes import SparseCodes
+
+    if not isinstance(value, SparseCodes):
+        raise TypeError(f"{name} must be a fusae.SparseCodes, got {type(value).__name__}")
+    return value
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Under ``torch.autocast``, the tensors in the autocast dtype, as ``torch.nn.functional.linear`` would take them."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

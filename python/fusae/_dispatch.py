@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an op on given tensors, and why the others do not.
+
+One ordered table. A backend module (``fusae/backends/<name>.py``) registers one function per op; the first backend in
+`ORDER` that has no reason against a call runs it. A backend that was asked for by name (argument, `backend()` context or
+the environment variable ``FUSAE_BACKEND``) runs or raises: there is never a substitute.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+ORDER = ("cuda", "triton", "cpu", "reference")
+
+_lib = torch.library.Library("fusae", "DEF")
+_ops: list[str] = []
+_forced: list[str] = []
+
+
+class _Entry(NamedTuple):
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+class _Backend(NamedTuple):
+    unavailable: str | None
+    entries: dict[str, _Entry]
+
+
+_backends: dict[str, _Backend] = {}
+
+
+class BackendError(RuntimeError):
+    """The requested backend cannot run this call. The message says why."""
+
+
+def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the torch op ``fusae::<schema>`` (last argument: ``str? backend=None``) and return its callable.
+
+    Registered once, for every device: the implementation asks `select`. `fake` gives the outputs' shapes for tracing.
+    Raw ops have no autograd formula; the public functions put a ``torch.autograd.Function`` around them.
+    """
+    name = schema.split("(", 1)[0]
+    _lib.define(schema)
+
+    def run(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
+        return select(name, args, kwargs, backend)(*args, **kwargs)
+
+    torch.library.impl(_lib, name, "CompositeExplicitAutograd")(run)
+    torch.library.register_fake(f"fusae::{name}", fake, lib=_lib)
+    _ops.append(name)
+    return getattr(torch.ops.fusae, name).default
+
+
+def ops() -> tuple[str, ...]:
+    """Names of all raw ops, in the order of their definition."""
+    return tuple(_ops)
+
+
+def _load(name: str) -> _Backend:
+    """The backend's table, imported on first use (a backend's native part may be missing; that is a reason, not an error)."""
+    if name not in _backends:
+        try:
+            module = importlib.import_module(f"fusae.backends.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"fusae.backends.{name}":
+                raise
+            _backends[name] = _Backend(f"this version of fusae has no {name} kernels", {})
+        else:
+            entries = {op: _Entry(run, why_not) for op, (run, why_not) in module.TABLE.items()}
+            _backends[name] = _Backend(module.unavailable(), entries)
+    return _backends[name]
+
+
+def why_not(op: str, backend: str, args: tuple = (), kwargs: dict | None = None, *, static: bool = False) -> str | None:
+    """The reason why `backend` cannot run `op` on these arguments, or None. With `static`, without looking at any."""
+    loaded = _load(backend)
+    if loaded.unavailable is not None:
+        return loaded.unavailable
+    entry = loaded.entries.get(op)
+    if entry is None:
+        return f"no {op} kernel"
+    return None if static else entry.why_not(*args, **(kwargs or {}))
+
+
+def _check_name(name: str, where: str) -> str:
+    if name not in ORDER:
+        raise ValueError(f"{where} must be one of {', '.join(ORDER)}, got {name!r}")
+    return name
+
+
+def requested(backend: str | None = None) -> str | None:
+    """The backend asked for: the argument, else the innermost `backend()` context, else ``FUSAE_BACKEND``, else None."""
+    if backend is not None:
+        return _check_name(backend, "backend")
+    if _forced:
+        return _forced[-1]
+    name = os.environ.get("FUSAE_BACKEND")
+    return _check_name(name, "the environment variable FUSAE_BACKEND") if name else None
+
+
+def select(op: str, args: tuple, kwargs: dict, backend: str | None = None) -> Callable[..., Any]:
+    """The function that runs this call."""
+    name = requested(backend)
+    if name is not None:
+        reason = why_not(op, name, args, kwargs)
+        if reason is not None:
+            raise BackendError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
+        return _load(name).entries[op].run
+    for name in ORDER:
+        if why_not(op, name, args, kwargs) is None:
+            return _load(name).entries[op].run
+    reasons = "; ".join(f"{name}: {why_not(op, name, args, kwargs)}" for name in ORDER)
+    raise BackendError(f"no backend can run {op}: {reasons}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op inside the ``with`` block on backend `name` ("cuda", "triton", "cpu" or "reference"), or raise.
+
+    An op traced by ``torch.compile`` keeps the backend that was in force when it was traced.
+    """
+    _forced.append(_check_name(name, "backend"))
+    try:
+        yield
+    finally:
+        _forced.pop()

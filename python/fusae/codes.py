@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SparseCodes`: the few active latents of every row, in fixed-width or ragged form."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseCodes:
+    """Active latents of `n` rows over a dictionary of `m` latents.
+
+    Fixed width (``offsets is None``): `values` ``[..., k]`` and `indices` ``[..., k]`` int32; a row with fewer than k
+    active latents is filled with distinct inactive ones of value 0. Ragged (CSR): `values` ``[nnz]``, `indices` ``[nnz]``
+    int32 and `offsets` ``[n + 1]`` int64; the storage may be longer than ``offsets[-1]``, which is the truth.
+
+    Latents are distinct within a row. Gradients flow through `values`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    m: int
+    offsets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        values, indices, offsets = self.values, self.indices, self.offsets
+        if indices.dtype != torch.int32:
+            raise TypeError(f"indices must be int32, got {indices.dtype}")
+        if values.shape != indices.shape:
+            raise ValueError(
+                f"values and indices must have the same shape, got {list(values.shape)} and {list(indices.shape)}"
+            )
+        if offsets is None:
+            if values.ndim < 1:
+                raise ValueError("values must have shape [..., k], got a scalar")
+        else:
+            if values.ndim != 1:
+                raise ValueError(f"values of ragged codes must have shape [nnz], got {list(values.shape)}")
+            if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.shape[0] < 1:
+                raise ValueError(
+                    f"offsets must have shape [n + 1] and dtype int64, got {list(offsets.shape)} {offsets.dtype}"
+                )
+
+    @property
+    def is_ragged(self) -> bool:
+        return self.offsets is not None
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """The leading dimensions: those of `values` without k, or ``[n]`` for ragged codes."""
+        if self.offsets is None:
+            return self.values.shape[:-1]
+        return torch.Size([self.offsets.shape[0] - 1])
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the dense equivalent, ``[..., m]``."""
+        return torch.Size([*self.batch_shape, self.m])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def l0(self) -> Tensor:
+        """Number of active (non-zero) latents of every row, int64, shape `batch_shape`."""
+        if self.offsets is None:
+            return (self.values != 0).sum(-1)
+        active = (self.values != 0).to(torch.int64)
+        total = torch.cat([active.new_zeros(1), active.cumsum(0)])
+        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+
+    def row_ids(self) -> Tensor:
+        """Row of every stored entry of ragged codes, int64 ``[nnz]``; entries past ``offsets[-1]`` get row n."""
+        if self.offsets is None:
+            raise ValueError("row_ids is for ragged codes; fixed-width codes keep one row of values per row")
+        position = torch.arange(self.values.shape[0], device=self.device)
+        return torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)
+
+    def to_dense(self) -> Tensor:
+        """The dense ``[..., m]`` activations, in the dtype of `values`. Differentiable.
+
+        Equivalent to: ``torch.zeros(*batch, m).scatter_add_(-1, indices, values)``
+        """
+        if self.offsets is None:
+            dense = self.values.new_zeros(self.shape)
+            return dense.scatter_add(-1, self.indices.long(), self.values)
+        n = self.offsets.shape[0] - 1
+        used = int(self.offsets[-1])
+        dense = self.values.new_zeros(n, self.m)
+        place = (self.row_ids()[:used], self.indices[:used].long())
+        return dense.index_put(place, self.values[:used], accumulate=True)
+
+    def to_sparse_csr(self) -> Tensor:
+        """A ``torch.sparse_csr`` tensor ``[n, m]`` of the stored entries, latents ascending in every row."""
+        ragged = self.flatten().to_ragged()
+        used = int(ragged.offsets[-1])
+        indices, values = ragged.indices[:used].long(), ragged.values[:used]
+        order = torch.argsort(ragged.row_ids()[:used] * self.m + indices)
+        n = ragged.offsets.shape[0] - 1
+        return torch.sparse_csr_tensor(ragged.offsets, indices[order], values[order], size=(n, self.m))
+
+    def flatten(self) -> SparseCodes:
+        """The same codes with the leading dimensions of a fixed-width form joined into one."""
+        if self.offsets is not None or self.values.ndim == 2:
+            return self
+        k = self.values.shape[-1]
+        n = self.values.numel() // k if k else self.batch_shape.numel()
+        return SparseCodes(self.values.reshape(n, k), self.indices.reshape(n, k), self.m)
+
+    def to_ragged(self) -> SparseCodes:
+        """The ragged form with the zero-valued padding dropped. Reads the count of entries (one host sync on a GPU)."""
+        if self.offsets is not None:
+            return self
+        flat = self.flatten()
+        active = flat.values != 0
+        offsets = torch.zeros(flat.values.shape[0] + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(active.sum(-1), 0, out=offsets[1:])
+        return SparseCodes(flat.values[active], flat.indices[active], self.m, offsets)
+
+    @staticmethod
+    def from_dense(dense: Tensor) -> SparseCodes:
+        """Ragged codes of the non-zero entries of ``[n, m]`` activations. Gradients flow to those entries.
+
+        Equivalent to: ``dense.to_sparse_csr()``
+        """
+        if dense.ndim != 2:
+            raise ValueError(f"dense must have shape [n, m], got {list(dense.shape)}")
+        rows, latents = torch.nonzero(dense, as_tuple=True)
+        offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
+        torch.cumsum(torch.bincount(rows, minlength=dense.shape[0]), 0, out=offsets[1:])
+        return SparseCodes(dense[rows, latents], latents.to(torch.int32), dense.shape[1], offsets)
+
+    def detach(self) -> SparseCodes:
+        return SparseCodes(self.values.detach(), self.indices, self.m, self.offsets)
+
+    def to(self, *args: object, **kwargs: object) -> SparseCodes:
+        """Move to a device and / or cast the values, as ``torch.Tensor.to``; indices and offsets keep their dtype."""
+        values = self.values.to(*args, **kwargs)
+        offsets = None if self.offsets is None else self.offsets.to(values.device)
+        return SparseCodes(values, self.indices.to(values.device), self.m, offsets)
+
+    def __len__(self) -> int:
+        return self.batch_shape[0]
+
+    def __getitem__(self, rows: int | slice | Tensor) -> SparseCodes:
+        """Codes of some rows (along the first dimension)."""
+        if self.offsets is None:
+            return SparseCodes(self.values[rows], self.indices[rows], self.m)
+        n = self.offsets.shape[0] - 1
+        chosen = torch.arange(n, device=self.device)[rows].reshape(-1)
+        start, width = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
+        offsets = torch.zeros(chosen.shape[0] + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(width, 0, out=offsets[1:])
+        shift = torch.repeat_interleave(start - offsets[:-1], width)
+        place = torch.arange(shift.shape[0], device=self.device) + shift
+        return SparseCodes(self.values[place], self.indices[place], self.m, offsets)
+
+    def __repr__(self) -> str:
+        form = f"ragged, storage {self.values.shape[0]}" if self.is_ragged else f"k={self.values.shape[-1]}"
+        return f"SparseCodes({list(self.shape)}, {form}, {self.dtype}, {self.device})"

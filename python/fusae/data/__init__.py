@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From text to activations: demo files, language models, token chunks, and activations on disk."""
+
+from .activations import Activations, Batches
+from .collect import collect, weights_sha256
+from .demo import DemoFiles, default_cache_dir, fetch_demo, find_demo
+from .models import LoadedModel, load_model
+from .text import is_held_out, iter_documents, split_documents, tokenize
+
+__all__ = [
+    "Activations",
+    "Batches",
+    "DemoFiles",
+    "LoadedModel",
+    "collect",
+    "default_cache_dir",
+    "fetch_demo",
+    "find_demo",
+    "is_held_out",
+    "iter_documents",
+    "load_model",
+    "split_documents",
+    "tokenize",
+    "weights_sha256",
+]

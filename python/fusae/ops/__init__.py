@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public ops. One file per op: schema and fake, autograd.Function, public function."""
+
+from . import encode_bwd as _encode_bwd  # noqa: F401  (defines the raw op that the encode ops share)
+from .adam_rows import adam_rows_
+from .decode import decode
+from .encode_topk import encode_topk
+from .topk import topk
+
+__all__ = ["adam_rows_", "decode", "encode_topk", "topk"]

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every raw op in plain torch: the specification, and a backend that runs anywhere.
+
+The functions have the signatures of the raw ops. Sums are taken in float32 (float64 for float64 inputs), whatever the
+dtype of the inputs; run on float64 copies, they are the oracle that every other backend is measured against.
+
+Order of selection: larger score first, NaN largest of all, equal scores by the lower index; ``-0.0 == +0.0``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over inputs of `dtype` are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _largest(score: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of every row ``[n, k]``, in the order of selection."""
+    return torch.sort(score, dim=-1, descending=True, stable=True).indices[:, :k]
+
+
+def _activate(pre: Tensor, activation: str) -> Tensor:
+    """'relu' maps everything ``<= 0`` to +0 and keeps NaN; 'none' is the identity."""
+    return pre.masked_fill(pre <= 0, 0.0) if activation == "relu" else pre
+
+
+def topk_fwd(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of every row of `pre` ``[n, m]``: values ``[n, k]`` and int32 indices ``[n, k]``."""
+    indices = _largest(pre, k)
+    return pre.gather(1, indices), indices.to(torch.int32)
+
+
+def topk_bwd(grad_values: Tensor, indices: Tensor, m: int) -> Tensor:
+    """``[n, m]`` with `grad_values` ``[n, k]`` scattered to `indices`."""
+    grad = grad_values.new_zeros(grad_values.shape[0], m)
+    return grad.scatter_(1, indices.long(), grad_values)
+
+
+def encode_topk_fwd(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor | None,
+    norms: Tensor | None,
+    aux_mask: Tensor | None,
+    k: int,
+    k_aux: int,
+    activation: str,
+    select: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Top-k of the pre-activations ``x W_encᵀ + b_enc``, and a second top-k over the latents where `aux_mask` is true.
+
+    `select` 'topk' scores a latent by its pre-activation, 'abs' by the magnitude; `norms` ``[m]`` multiplies the scores.
+    Rows of the second selection with fewer than `k_aux` masked latents are filled up with unmasked ones, lowest index
+    first, with value 0.
+    """
+    acc = accumulator(x.dtype)
+    pre = x.to(acc) @ W_enc.to(acc).T
+    if b_enc is not None:
+        pre = pre + b_enc.to(acc)
+    score = pre.abs() if select == "abs" else pre
+    if norms is not None:
+        score = score * norms.to(acc)
+    indices = _largest(score, k)
+    values = _activate(pre.gather(1, indices), activation).to(x.dtype)
+    if aux_mask is None or k_aux == 0:
+        empty = values.new_empty(x.shape[0], 0), indices.new_empty(x.shape[0], 0, dtype=torch.int32)
+        return values, indices.to(torch.int32), *empty
+    # Two stable sorts: by score, then masked before unmasked. Unmasked latents all score the same: lowest index first.
+    first = torch.sort(score.masked_fill(~aux_mask, 0.0), dim=-1, descending=True, stable=True).indices
+    masked = aux_mask.expand_as(score).gather(1, first).to(torch.int8)
+    masked_first = torch.sort(masked, dim=-1, descending=True, stable=True)
+    aux_indices = first.gather(1, masked_first.indices)[:, :k_aux]
+    aux_values = _activate(pre.gather(1, aux_indices), activation).masked_fill(~aux_mask[aux_indices], 0.0)
+    return values, indices.to(torch.int32), aux_values.to(x.dtype), aux_indices.to(torch.int32)
+
+
+def _rows_of(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, slice]:
+    """Row of every stored entry (flat), and the slice of the storage that is in use."""
+    if offsets is None:
+        n, k = indices.shape
+        return torch.arange(n, device=indices.device).repeat_interleave(k), slice(None)
+    used = int(offsets[-1])
+    width = offsets[1:] - offsets[:-1]
+    return torch.repeat_interleave(torch.arange(width.shape[0], device=indices.device), width), slice(0, used)
+
+
+def _weighted_rows(coef: Tensor, rows: Tensor) -> Tensor:
+    """``coef[i] * rows[i]``, exactly zero where the coefficient is zero (also beside an infinite row)."""
+    return (coef[:, None] * rows).masked_fill((coef == 0)[:, None], 0.0)
+
+
+def _latent_sums(
+    coef: Tensor, indices: Tensor, rows: Tensor, m: int, dtype: torch.dtype, row_sparse: bool
+) -> tuple[Tensor, Tensor]:
+    """``out[j] = sum of coef[i] * rows[i] over the entries i of latent j``; touched latents only, with `row_sparse`."""
+    total = rows.new_zeros(m, rows.shape[1])
+    total.index_add_(0, indices, _weighted_rows(coef, rows))
+    if not row_sparse:
+        return indices.new_empty(0), total.to(dtype)
+    touched = torch.unique(indices[coef != 0])
+    return touched, total[touched].to(dtype)
+
+
+def encode_bwd(
+    grad_pre: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    x: Tensor,
+    W_enc: Tensor,
+    need_x: bool,
+    need_W: bool,
+    need_b: bool,
+    row_sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of selected pre-activations ``x[i] · W_enc[j] + b_enc[j]``, given the gradient of each one.
+
+    Returns (grad_x ``[n, d]``, rows int64 ``[u]``, grad_W ``[m, d]`` or ``[u, d]``, grad_b ``[m]``), empty where not
+    needed. With `row_sparse`, grad_W holds the u latents with a non-zero coefficient, ascending.
+    """
+    acc = accumulator(x.dtype)
+    row, used = _rows_of(indices, offsets)
+    coef, latent = grad_pre.reshape(-1)[used].to(acc), indices.reshape(-1)[used].long()
+    m = W_enc.shape[0]
+    grad_x, grad_b = x.new_empty(0), x.new_empty(0)
+    rows, grad_W = latent.new_empty(0), x.new_empty(0)
+    if need_x:
+        total = torch.zeros(x.shape, dtype=acc, device=x.device)
+        grad_x = total.index_add_(0, row, _weighted_rows(coef, W_enc[latent].to(acc))).to(x.dtype)
+    if need_W:
+        rows, grad_W = _latent_sums(coef, latent, x[row].to(acc), m, W_enc.dtype, row_sparse)
+    if need_b:
+        grad_b = coef.new_zeros(m).index_add_(0, latent, coef).to(W_enc.dtype)
+    return grad_x, rows, grad_W, grad_b
+
+
+def decode_fwd(
+    values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
+) -> Tensor:
+    """``y[i] = Σ_j values[i, j] · W_dec[indices[i, j]] + b_dec`` ``[n, d]``. An entry of value 0 contributes nothing."""
+    acc = accumulator(W_dec.dtype)
+    row, used = _rows_of(indices, offsets)
+    n = indices.shape[0] if offsets is None else offsets.shape[0] - 1
+    coef, latent = values.reshape(-1)[used].to(acc), indices.reshape(-1)[used].long()
+    y = torch.zeros(n, W_dec.shape[1], dtype=acc, device=W_dec.device)
+    y.index_add_(0, row, _weighted_rows(coef, W_dec[latent].to(acc)))
+    return (y if b_dec is None else y + b_dec.to(acc)).to(W_dec.dtype)
+
+
+def decode_bwd(
+    grad_y: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    need_values: bool,
+    need_W: bool,
+    row_sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `decode_fwd`: (grad_values like `values`, rows int64 ``[u]``, grad_W ``[m, d]`` or ``[u, d]``).
+
+    ``grad_values[i, j] = grad_y[i] · W_dec[indices[i, j]]`` for every stored entry, zero-valued ones included; storage
+    past ``offsets[-1]`` gets 0.
+    """
+    acc = accumulator(W_dec.dtype)
+    row, used = _rows_of(indices, offsets)
+    coef, latent = values.reshape(-1)[used].to(acc), indices.reshape(-1)[used].long()
+    grad_values, grad_W, rows = values.new_empty(0), values.new_empty(0), latent.new_empty(0)
+    if need_values:
+        grad_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
+        dots = (grad_y[row].to(acc) * W_dec[latent].to(acc)).sum(-1)
+        grad_values.view(-1)[used] = dots.to(values.dtype)
+    if need_W:
+        rows, grad_W = _latent_sums(coef, latent, grad_y[row].to(acc), W_dec.shape[0], W_dec.dtype, row_sparse)
+    return grad_values, rows, grad_W
+
+
+def adam_rows_(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    rows: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    decoupled: bool,
+    masked: bool,
+    project: bool,
+    renormalise: bool,
+) -> None:
+    """One Adam step of the rows of `param` ``[m, d]`` in place. See `fusae.adam_rows_` for the formula."""
+    acc = accumulator(param.dtype)
+    touched = slice(None) if rows is None or not masked else rows
+    if rows is None or masked:
+        g = grad.to(acc)
+    else:
+        g = torch.zeros(param.shape, dtype=acc, device=param.device)
+        g[rows] = grad.to(acc)
+    w, mean, square = param[touched].to(acc), exp_avg[touched].to(acc), exp_avg_sq[touched].to(acc)
+    if project:
+        length2 = (w * w).sum(-1, keepdim=True)
+        g = g - torch.where(length2 > 0, (g * w).sum(-1, keepdim=True) / length2, 0.0) * w
+    if weight_decay:
+        if decoupled:
+            w = w * (1 - lr * weight_decay)
+        else:
+            g = g + weight_decay * w
+    mean = mean + (g - mean) * (1 - beta1)
+    square = beta2 * square + (1 - beta2) * g * g
+    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+    # SparseAdam adds eps before the bias correction of the second moment, Adam after it.
+    eps = eps / correction2**0.5 if masked else eps
+    w = w - (lr / correction1) * mean / ((square / correction2).sqrt() + eps)
+    if renormalise:
+        length = w.norm(dim=-1, keepdim=True)
+        w = torch.where(length > 0, w / length, w)
+    param[touched] = w.to(param.dtype)
+    exp_avg[touched] = mean.to(exp_avg.dtype)
+    exp_avg_sq[touched] = square.to(exp_avg_sq.dtype)
