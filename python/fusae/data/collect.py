@@ -62,7 +62,7 @@ def collect(
         ValueError: a bad argument; `path` holds activations of other inputs or damaged ones; a value does not fit float16.
         KeyboardInterrupt: passed on after what is done was saved.
     """
-    chunks = hooks.check_chunks(chunks)
+    chunks = hooks.check_chunks(chunks, model)
     hooks.check_row_options(chunks.shape[1], skip_positions, outlier_factor)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
@@ -265,7 +265,7 @@ class _Writer:
 
     def __exit__(self, *_: object) -> None:
         try:
-            if self._files and not self._complete:
+            if self.at.chunks and not self._complete:
                 self.save()
         finally:
             for file in self._files.values():

@@ -92,8 +92,8 @@ def ids_of(chunks: np.ndarray, start: int, stop: int, device: torch.device) -> T
     return torch.from_numpy(np.asarray(chunks[start:stop]).astype(np.int64)).to(device)
 
 
-def check_chunks(chunks: Any) -> np.ndarray:
-    """`chunks` as an integer array ``[chunks, ctx]``; raises `TypeError` or `ValueError` that names the argument."""
+def check_chunks(chunks: Any, model: nn.Module) -> np.ndarray:
+    """`chunks` as an integer array ``[chunks, ctx]`` of ids that `model` has; raises `TypeError` or `ValueError`."""
     if isinstance(chunks, Tensor):
         chunks = chunks.cpu().numpy()
     if not isinstance(chunks, np.ndarray) or not np.issubdtype(chunks.dtype, np.integer):
@@ -101,6 +101,10 @@ def check_chunks(chunks: Any) -> np.ndarray:
         raise TypeError(f"chunks must be an integer array of token ids [chunks, ctx], got {what}")
     if chunks.ndim != 2 or 0 in chunks.shape:
         raise ValueError(f"chunks must have shape [chunks, ctx] with at least one chunk, got {list(chunks.shape)}")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    low, high = int(chunks.min()), int(chunks.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise ValueError(f"chunks hold ids {low} to {high}, the model's vocabulary has {vocabulary} tokens from 0 on")
     return chunks
 
 

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure a dictionary: reconstruction, what it does to the language model's loss, and what its latents respond to."""
+
+from .language import logit_effects, loss_recovered
+from .metrics import ReconstructionMetrics, measure
+from .passages import choose_latents, token_strings, top_passages, write_features
+
+__all__ = [
+    "ReconstructionMetrics",
+    "choose_latents",
+    "logit_effects",
+    "loss_recovered",
+    "measure",
+    "token_strings",
+    "top_passages",
+    "write_features",
+]
