@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adam over matrices of latent rows, on `fusae.adam_rows_`: one pass over memory per matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import adam_rows_
+
+_FLAGS = ("decoupled", "masked", "project", "renormalise")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+# Rows looked at together in the gradient norm: bounds its scratch memory.
+_CHUNK = 4096
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam, AdamW and SparseAdam over ``[m, d]`` matrices (row = latent) and small vectors.
+
+    Args:
+        params: parameters or groups of them; each ``[m, d]`` contiguous or ``[l]``; float32, bfloat16, float16 or
+            float64. Gradients may be dense, or ``torch.sparse_coo`` over rows (``sparse_grad=True`` of the ops).
+        lr, betas, eps, weight_decay: as in ``torch.optim.Adam``. `lr` is a plain number; torch's schedulers work.
+        decoupled: weight decay as in AdamW rather than added to the gradient.
+        masked: ``torch.optim.SparseAdam`` semantics: rows without an entry in the sparse gradient keep parameter and
+            moments. Without it a sparse gradient is zero elsewhere, and the step equals dense Adam's to rounding.
+        project: remove from every row's gradient its component along the row (decoder rows of fixed norm).
+        renormalise: scale every updated row to unit length after the step.
+        backend: run on this backend or raise (default: the first that can).
+
+    Every option may differ from group to group. Vectors go through the same formula; they are never masked, projected
+    or renormalised. The moments are float32 (float64 for a float64 parameter) whatever the dtype of the parameter.
+
+    Raises:
+        ValueError, TypeError: an option or a parameter that cannot work, naming it, on construction.
+
+    Equivalent to: ``torch.optim.Adam`` (``AdamW``, ``SparseAdam``) on the projected gradients, then
+    ``W /= W.norm(dim=1, keepdim=True)`` where `renormalise` is set.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled: bool = False,
+        masked: bool = False,
+        project: bool = False,
+        renormalise: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
+            "masked": masked, "project": project, "renormalise": renormalise, "backend": backend,
+        }  # fmt: skip
+        # Checked here too: a bad default must not hide behind groups that each override it.
+        _check_options(defaults)
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: ``{"params": ..., option: value, ...}``; options not given take the defaults."""
+        unknown = set(param_group) - set(self.defaults) - {"params", "param_names", "initial_lr"}
+        if unknown:
+            raise ValueError(
+                f"param_group has unknown options {sorted(unknown)}; options are {', '.join(self.defaults)}"
+            )
+        _check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                _check_param(param)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient. `closure` recomputes the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "decoupled", "backend")}
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self._state_of(param)
+                # Counted only when the update went through: a raised step leaves the state as it was.
+                options["step"] = state["step"] + 1
+                if param.ndim == 2:
+                    flags = {name: group[name] for name in ("masked", "project", "renormalise")}
+                    adam_rows_(param, state["exp_avg"], state["exp_avg_sq"], param.grad, **options, **flags)
+                else:
+                    grad = param.grad.to_dense() if param.grad.layout == torch.sparse_coo else param.grad
+                    row = [t.view(1, -1) for t in (param, state["exp_avg"], state["exp_avg_sq"])]
+                    adam_rows_(*row, grad.reshape(1, -1), **options)
+                state["step"] += 1
+        return loss
+
+    def _state_of(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        if not state:
+            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            state["step"] = 0
+            for name in _MOMENTS:
+                state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a `state_dict()`. The moments keep their precision (torch would cast them to the parameter's dtype)."""
+        super().load_state_dict(state_dict)
+        saved = state_dict["state"]
+        order = [index for group in state_dict["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(order, params, strict=True):
+            if index not in saved:
+                continue
+            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            state = self.state[param]
+            for name in _MOMENTS:
+                if saved[index][name].shape != param.shape:
+                    raise ValueError(
+                        f"state_dict: {name} of parameter {index} must have shape {list(param.shape)}, "
+                        f"got {list(saved[index][name].shape)}"
+                    )
+                state[name] = saved[index][name].to(param.device, dtype, copy=True)
+            state["step"] = int(saved[index]["step"])
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scale all gradients so that their joint Euclidean norm is at most `max_norm`. Never reads from the device.
+
+        Sparse gradients are taken as they are (``torch.nn.utils.clip_grad_norm_`` refuses them). Where a group projects,
+        the norm is that of the projected gradient: the order is project, clip, step.
+
+        Returns:
+            The norm before clipping, a scalar on the device of the gradients. A non-finite norm scales nothing away: the
+            gradients become NaN, as with torch's function.
+        """
+        _number("max_norm", max_norm, low=0.0, open_low=True)
+        squares, grads = [], []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.layout == torch.sparse_coo:
+                    param.grad = param.grad.coalesce()
+                    rows, grad = param.grad.indices()[0], param.grad.values()
+                else:
+                    rows, grad = None, param.grad
+                grads.append(grad)
+                project = group["project"] and param.ndim == 2
+                squares.append(_square_norm(grad, rows, param if project else None))
+        if not squares:
+            return torch.zeros(())
+        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale.to(grad.device, grad.dtype))
+        return norm
+
+
+def _square_norm(grad: Tensor, rows: Tensor | None, param: Tensor | None) -> Tensor:
+    """Squared norm of a gradient, of its part orthogonal to the rows of `param` where that is given."""
+    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    if param is None:
+        return torch.linalg.vector_norm(grad, dtype=acc).square()
+    total = torch.zeros((), dtype=acc, device=grad.device)
+    for start in range(0, grad.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        g, w = grad[part].to(acc), param[part if rows is None else rows[part]].to(acc)
+        along, length2 = (g * w).sum(-1, keepdim=True), w.square().sum(-1, keepdim=True)
+        total += (g - torch.where(length2 > 0, along / length2, 0.0) * w).square().sum()
+    return total
+
+
+def _number(name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a plain number, got {type(value).__name__} {value!r}")
+    inside = (value > low if open_low else value >= low) and value < high
+    if not (math.isfinite(value) and inside):
+        bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
+        bounds += f" and less than {high:g}" if high != math.inf else " and finite"
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    _number("lr", group["lr"], 0.0)
+    _number("eps", group["eps"], 0.0)
+    _number("weight_decay", group["weight_decay"], 0.0)
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
+    for i, beta in enumerate(betas):
+        _number(f"betas[{i}]", beta, 0.0, 1.0)
+    for name in _FLAGS:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+    if group["masked"] and group["weight_decay"]:
+        raise ValueError(f"weight_decay must be 0 with masked=True (SparseAdam has none), got {group['weight_decay']}")
+
+
+def _check_param(param: Tensor) -> None:
+    if param.ndim not in (1, 2) or not param.is_contiguous():
+        raise ValueError(
+            f"params must be contiguous [m, d] matrices (row = latent) or vectors, got shape {list(param.shape)}, "
+            f"strides {param.stride()}; use torch.optim.Adam for others"
+        )
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {param.dtype}")
