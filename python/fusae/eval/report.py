@@ -13,11 +13,11 @@ from statistics import median
 from typing import Any
 
 from .report_data import RunData, RunDirError, find, read_run
+from .report_numbers import big, count, duration, milliseconds, percent, sig, size
 
 __all__ = ["RunDirError", "write_report"]
 
 TEMPLATES = Path(__file__).parent / "templates"
-THIN = "\u202f"  # narrow no-break space, between a number and its unit
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -36,6 +36,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         FileNotFoundError: `run_dir`, its config.json, its metrics.jsonl or the folder of `out` does not exist.
         RunDirError: a file is malformed; the message names the file and the field.
+        ImportError: jinja2 or matplotlib is not installed.
     """
     run = read_run(run_dir)
     out = run.path / "report.html" if out is None else Path(out)
@@ -48,75 +49,43 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
 
 def render(run: RunData) -> str:
     """The page as text."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    try:
+        import matplotlib  # noqa: F401  (the figures need it; said here, before any of the page is made)
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError as error:
+        raise ImportError(f"a report needs jinja2 and matplotlib ({error}): pip install 'fusae[report]'") from error
 
-    env = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                      undefined=StrictUndefined)
+    env = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     env.filters |= {"count": count, "sig": sig, "ms": milliseconds, "big": big, "bytes": size, "pct": percent}
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
     return env.get_template("report.html").render(
-        script=script, script_hash=digest, css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
-        missing=dict(run.missing), facts=_facts(run), tiles=_tiles(run), curves=_curves(run), lm=_lm(run),
-        density=_density(run), latents=[_latent(f) for f in run.features or ()], bench=_bench(run),
+        script=script,
+        script_hash=digest,
+        css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
+        missing=dict(run.missing),
+        facts=_facts(run),
+        tiles=_tiles(run),
+        curves=_curves(run),
+        lm=_lm(run),
+        density=_density(run),
+        latents=[_latent(f) for f in run.features or ()],
+        bench=_bench(run),
         config=_flatten({k: v for k, v in run.config.items() if k != "versions"}),
         versions=_flatten(run.config["versions"]) if isinstance(run.config.get("versions"), dict) else [],
-        evaluation=run.evaluation, has_features=run.features is not None,
+        evaluation=run.evaluation,
+        has_features=run.features is not None,
     )
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
-
-def count(value: float) -> str:
-    """12345.0 → '12,345'."""
-    return f"{value:,.0f}" if math.isfinite(value) else str(value)
-
-
-def sig(value: float, digits: int = 3) -> str:
-    """`digits` significant digits without an exponent where that is readable."""
-    if not math.isfinite(value) or value == 0:
-        return "0" if value == 0 else {"nan": "NaN", "inf": "∞", "-inf": "−∞"}[str(float(value))]
-    exponent = math.floor(math.log10(abs(value)))
-    if exponent < -4:
-        return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace("-", "−")
-    return f"{round(value, digits - 1 - exponent):,.{max(0, digits - 1 - exponent)}f}".replace("-", "−")
-
-
-def big(value: float) -> str:
-    """20_000_000 → '20.0 M'."""
-    for scale, unit in ((1e9, "G"), (1e6, "M")):
-        if math.isfinite(value) and value >= scale:
-            return f"{sig(value / scale)}{THIN}{unit}"
-    return count(value)
-
-
-def percent(value: float) -> str:
-    """0.0503 → '5.03 %'; small shares keep two digits."""
-    if not math.isfinite(value):
-        return sig(value)
-    return f"{sig(100 * value, 3 if abs(value) >= 0.01 else 2)}{THIN}%"
-
-
-def milliseconds(value: float) -> str:
-    return sig(value, 3)
-
-
-def size(value: float) -> str:
-    for scale, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= scale:
-            return f"{sig(value / scale)}{THIN}{unit}"
-    return f"{count(value)}{THIN}B"
-
-
-def duration(seconds: float) -> str:
-    seconds = round(seconds)
-    hours, minutes, rest = seconds // 3600, seconds // 60 % 60, seconds % 60
-    parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
-    first = next((i for i, (n, _) in enumerate(parts) if n), 2)
-    return " ".join(f"{n}{THIN}{unit}" for n, unit in parts[first:first + 2])
-
-
 # ---- parts of the page -----------------------------------------------------------------------------------------------
+
 
 def _facts(run: RunData) -> dict[str, Any]:
     source = (run.evaluation or {}).get("source") or {}
@@ -128,14 +97,16 @@ def _facts(run: RunData) -> dict[str, Any]:
         "m": (run.evaluation or {}).get("latents") or find(config, "m", "latents", "n_latents", "d_sae"),
         "k": find(config, "k"),
         "d": find(config, "d", "d_in", "width", "d_model"),
-        "tokens": last["tokens"], "steps": last["step"], "time": duration(last["seconds"]),
+        "tokens": last["tokens"],
+        "steps": last["step"],
+        "time": duration(last["seconds"]),
     }
 
 
 def _tiles(run: RunData) -> list[dict[str, str]]:
     """The five key figures; without eval.json the training batches stand in, and the tile says so."""
     rows, ev = run.metrics, run.evaluation
-    tail = rows[-max(1, len(rows) // 10):]
+    tail = rows[-max(1, len(rows) // 10) :]
     m = _facts(run)["m"]
     stand_in = "last training batches"
     fvu = ev["fvu"] if ev else median(r["fvu"] for r in tail)
@@ -145,15 +116,30 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
     where = f"held out, {big(ev['tokens'])} tokens" if ev else stand_in
     return [
         {"name": "FVU", "value": sig(fvu), "note": where, "title": "fraction of variance unexplained"},
-        {"name": "Loss recovered", "value": percent(loss["loss_recovered"]) if loss else "–",
-         "note": f"{big(loss['tokens'])} tokens" if loss else "not measured",
-         "title": "share of the loss gap between mean-ablated and original that the reconstruction closes"},
-        {"name": "L0", "value": sig(l0), "note": "active latents a token" if ev else stand_in,
-         "title": "mean number of active latents a token"},
-        {"name": "Dead latents", "value": count(dead), "note": f"{percent(dead / m)} of {count(m)}" if m else where,
-         "title": "latents that never fired on the held-out tokens" if ev else "dead latents at the last step"},
-        {"name": "Tokens / s", "value": big(median(r["tokens_per_s"] for r in rows)), "note": "training, median",
-         "title": "training throughput, median over the logged steps"},
+        {
+            "name": "Loss recovered",
+            "value": percent(loss["loss_recovered"]) if loss else "–",
+            "note": f"{big(loss['tokens'])} tokens" if loss else "not measured",
+            "title": "share of the loss gap between mean-ablated and original that the reconstruction closes",
+        },
+        {
+            "name": "L0",
+            "value": sig(l0),
+            "note": "active latents a token" if ev else stand_in,
+            "title": "mean number of active latents a token",
+        },
+        {
+            "name": "Dead latents",
+            "value": count(dead),
+            "note": f"{percent(dead / m)} of {count(m)}" if m else where,
+            "title": "latents that never fired on the held-out tokens" if ev else "dead latents at the last step",
+        },
+        {
+            "name": "Tokens / s",
+            "value": big(median(r["tokens_per_s"] for r in rows)),
+            "note": "training, median",
+            "title": "training throughput, median over the logged steps",
+        },
     ]
 
 
@@ -170,24 +156,70 @@ def _curves(run: RunData) -> list[dict[str, Any]]:
     if any(v is not None for v in aux):
         second = ("loss", "AuxK loss", [math.nan if v is None else v for v in aux])
     return [
-        {"title": "FVU", "svg": curve("fvu", "FVU against training tokens", tokens, column["fvu"], "FVU (fraction)",
-                                      smooth=True, reference=held_out or None),
-         "caption": "Fraction of variance unexplained of each batch (thin) and its running median (bold)"
-                    + ("; dashed: held out." if held_out else ".")},
-        {"title": "Loss", "svg": curve("loss", "Loss against training tokens", tokens, column["loss"],
-                                       "loss (normalised)", smooth=True, second=second),
-         "caption": "The training objective as logged" + (", with its AuxK term." if second else "; no AuxK term was logged.")},
-        {"title": "L0", "svg": curve("l0", "L0 against training tokens", tokens, column["l0"], "active latents a token",
-                                     zero=True, reference=(k, f"k = {k}") if isinstance(k, int) else None),
-         "caption": "Mean number of active latents a token; it falls below k where fewer are positive."},
-        {"title": "Dead latents", "svg": curve("dead", "Dead latents against training tokens", tokens, column["dead"],
-                                               "latents", zero=True),
-         "caption": "Latents that have not fired for the dead-latent window of the configuration."},
-        {"title": "Learning rate", "svg": learning_rate(tokens, column["lr"]),
-         "caption": "The schedule as applied at each logged step."},
-        {"title": "Throughput", "svg": curve("throughput", "Tokens per second against training tokens", tokens,
-                                             column["tokens_per_s"], "tokens / s", smooth=True, zero=True),
-         "caption": "Training tokens per second at each logged step (thin) and its running median (bold)."},
+        {
+            "title": "FVU",
+            "svg": curve(
+                "fvu",
+                "FVU against training tokens",
+                tokens,
+                column["fvu"],
+                "FVU (fraction)",
+                smooth=True,
+                reference=held_out or None,
+            ),
+            "caption": "Fraction of variance unexplained of each batch (thin) and its running median (bold)"
+            + ("; dashed: held out." if held_out else "."),
+        },
+        {
+            "title": "Loss",
+            "svg": curve(
+                "loss",
+                "Loss against training tokens",
+                tokens,
+                column["loss"],
+                "training loss",
+                smooth=True,
+                second=second,
+            ),
+            "caption": "The training objective as logged"
+            + (", with its AuxK term." if second else "; no AuxK term was logged."),
+        },
+        {
+            "title": "L0",
+            "svg": curve(
+                "l0",
+                "L0 against training tokens",
+                tokens,
+                column["l0"],
+                "active latents a token",
+                zero=True,
+                reference=(k, f"k = {k}") if isinstance(k, int) else None,
+            ),
+            "caption": "Mean number of active latents a token; it falls below k where fewer are positive.",
+        },
+        {
+            "title": "Dead latents",
+            "svg": curve("dead", "Dead latents against training tokens", tokens, column["dead"], "latents", zero=True),
+            "caption": "Latents that have not fired for the dead-latent window of the configuration.",
+        },
+        {
+            "title": "Learning rate",
+            "svg": learning_rate(tokens, column["lr"]),
+            "caption": "The schedule as applied at each logged step.",
+        },
+        {
+            "title": "Throughput",
+            "svg": curve(
+                "throughput",
+                "Tokens per second against training tokens",
+                tokens,
+                column["tokens_per_s"],
+                "tokens / s",
+                smooth=True,
+                zero=True,
+            ),
+            "caption": "Training tokens per second at each logged step (thin) and its running median (bold).",
+        },
     ]
 
 
@@ -197,16 +229,29 @@ def _lm(run: RunData) -> dict[str, Any] | None:
         return None
     names = [
         ("original", "Original", "The language model as it is."),
-        ("patched", "Patched", "The module's output replaced by the dictionary's reconstruction of it."),
-        ("mean_ablated", "Mean-ablated", "The module's output replaced by its mean over tokens: nothing token-specific left."),
+        ("patched", "Patched", "The module’s output replaced by the dictionary’s reconstruction of it."),
+        ("mean_ablated", "Mean-ablated", "The module’s output replaced by its mean over tokens."),
     ]
     gap = loss["mean_ablated"] - loss["original"]
-    rows = [{
-        "key": key, "name": name, "loss": loss[key], "meaning": meaning, "delta": loss[key] - loss["original"],
-        "perplexity": math.exp(loss[key]) if loss[key] < 700 else math.inf,
-        "at": min(1.0, max(0.0, (loss[key] - loss["original"]) / gap)) if gap > 0 else None,
-    } for key, name, meaning in names]
-    return {"rows": rows, "recovered": loss["loss_recovered"], "tokens": loss["tokens"], "scale": gap > 0}
+    rows = [
+        {
+            "key": key,
+            "name": name,
+            "loss": loss[key],
+            "meaning": meaning,
+            "delta": loss[key] - loss["original"],
+            "perplexity": math.exp(loss[key]) if loss[key] < 700 else math.inf,
+            "at": min(1.0, max(0.0, (loss[key] - loss["original"]) / gap)) if gap > 0 else None,
+        }
+        for key, name, meaning in names
+    ]
+    return {
+        "rows": rows,
+        "recovered": loss["loss_recovered"],
+        "tokens": loss["tokens"],
+        "scale": gap > 0,
+        "sinks": bool(loss.get("passed_through") or run.evaluation.get("dropped")),
+    }
 
 
 def _density(run: RunData) -> dict[str, Any] | None:
@@ -221,28 +266,44 @@ def _density(run: RunData) -> dict[str, Any] | None:
     table = [("never active", count(m - len(live)), percent((m - len(live)) / m) if m else "–")]
     if live:
         over = sum(v > 0.1 for v in live)
-        table += [(f"{name} of the live", f"{quantile(q):.2g}", f"1 in {count(1 / quantile(q))}")
-                  for name, q in (("10th percentile", 0.1), ("median", 0.5), ("90th percentile", 0.9))]
-        table += [("densest", f"{live[-1]:.2g}", f"1 in {sig(1 / live[-1], 2)}"),
-                  ("active on over 10 %", count(over), percent(over / m))]
+        table += [
+            (f"{name} of the live", f"{quantile(q):.2g}", f"1 in {count(1 / quantile(q))}")
+            for name, q in (("10th percentile", 0.1), ("median", 0.5), ("90th percentile", 0.9))
+        ]
+        table += [
+            ("densest", f"{live[-1]:.2g}", f"1 in {sig(1 / live[-1], 2)}"),
+            ("active on over 10 %", count(over), percent(over / m)),
+        ]
     shown = [f["density"] for f in run.features or ()]
-    return {"svg": density_histogram(density, ev["l0"] / m if m else 0, shown), "table": table, "tokens": ev["tokens"],
-            "shown": bool(shown)}
+    return {
+        "svg": density_histogram(density, ev["l0"] / m if m else 0, shown),
+        "table": table,
+        "tokens": ev["tokens"],
+        "shown": bool(shown),
+    }
 
 
 def _latent(feature: dict[str, Any]) -> dict[str, Any]:
     from .report_tokens import chips, passage
 
     top = feature["max_value"]
-    passages = [{"peak": sig(p["values"][p["peak"]]), "html": passage(p["tokens"], p["values"], p["peak"], top)}
-                for p in feature["passages"]]
-    return {"index": feature["latent"], "density": feature["density"], "max": top, "passages": passages,
-            "promoted": chips(feature.get("promoted") or ()), "suppressed": chips(feature.get("suppressed") or ()),
-            "logits": feature.get("promoted") is not None or feature.get("suppressed") is not None}
+    passages = [
+        {"peak": sig(p["values"][p["peak"]]), "html": passage(p["tokens"], p["values"], p["peak"], top)}
+        for p in feature["passages"]
+    ]
+    return {
+        "index": feature["latent"],
+        "density": feature["density"],
+        "max": top,
+        "passages": passages,
+        "promoted": chips(feature.get("promoted") or ()),
+        "suppressed": chips(feature.get("suppressed") or ()),
+        "logits": feature.get("promoted") is not None or feature.get("suppressed") is not None,
+    }
 
 
 def _bench(run: RunData) -> list[dict[str, Any]]:
-    """One chart and table for each (op, shape, dtype), the training step first; ratios are to that group's fusae row."""
+    """One chart and table for each (op, shape, dtype), the training step first; ratios are to its fusae row."""
     from .report_figures import bars
 
     groups: dict[tuple, list[dict[str, Any]]] = {}
@@ -251,18 +312,43 @@ def _bench(run: RunData) -> list[dict[str, Any]]:
         groups.setdefault((row["op"] != "train_step", row["op"], shape, row["dtype"]), []).append(row)
     result = []
     for number, ((_, op, shape, dtype), rows) in enumerate(sorted(groups.items(), key=lambda g: g[0][0])):
-        base = next((r for r in rows if r["name"].lower() == "fusae"), None) \
-            or next((r for r in rows if r["name"].lower().startswith("fusae")), None)
-        table = [{
-            "name": r["name"], "p20": r["p20_ms"], "p50": r["p50_ms"], "p80": r["p80_ms"], "ours": r is base,
-            "ratio": r["p50_ms"] / base["p50_ms"] if base and base["p50_ms"] > 0 else None, "peak": r.get("peak_bytes"),
-        } for r in rows]
-        drawn = [(r["name"], r["p20"], r["p50"], r["p80"],
-                  f"{milliseconds(r['p50'])} ms" + (f" · {sig(r['ratio'], 2)}×" if r["ratio"] and not r["ours"] else ""),
-                  r["ours"]) for r in table]
+        base = next((r for r in rows if r["name"].lower() == "fusae"), None) or next(
+            (r for r in rows if r["name"].lower().startswith("fusae")), None
+        )
+        table = [
+            {
+                "name": r["name"],
+                "p20": r["p20_ms"],
+                "p50": r["p50_ms"],
+                "p80": r["p80_ms"],
+                "ours": r is base,
+                "ratio": r["p50_ms"] / base["p50_ms"] if base and base["p50_ms"] > 0 else None,
+                "peak": r.get("peak_bytes"),
+            }
+            for r in rows
+        ]
+        drawn = [
+            (
+                r["name"],
+                r["p20"],
+                r["p50"],
+                r["p80"],
+                f"{milliseconds(r['p50'])} ms" + (f" · {sig(r['ratio'], 2)}×" if r["ratio"] and not r["ours"] else ""),
+                r["ours"],
+            )
+            for r in table
+        ]
         title = "Training step" if op == "train_step" else op
-        result.append({"title": title, "shape": shape, "dtype": dtype, "rows": table, "base": base and base["name"],
-                       "svg": bars(f"bench{number}", f"{title}: milliseconds, median", drawn)})
+        result.append(
+            {
+                "title": title,
+                "shape": shape,
+                "dtype": dtype,
+                "rows": table,
+                "base": base and base["name"],
+                "svg": bars(f"bench{number}", f"{title}: milliseconds, median", drawn),
+            }
+        )
     return result
 
 

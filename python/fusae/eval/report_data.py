@@ -24,25 +24,54 @@ _TESTS = {
 
 # A key that ends in "?" may be absent or null. These four are the whole of what the report relies on.
 METRICS_ROW = {
-    "step": COUNT, "tokens": COUNT, "seconds": NUMBER, "loss": NUMBER, "fvu": NUMBER, "l0": NUMBER,
-    "dead": COUNT, "aux_loss?": NUMBER, "lr": NUMBER, "tokens_per_s": NUMBER,
+    "step": COUNT,
+    "tokens": COUNT,
+    "seconds": NUMBER,
+    "loss": NUMBER,
+    "fvu": NUMBER,
+    "l0": NUMBER,
+    "dead": COUNT,
+    "aux_loss?": NUMBER,
+    "lr": NUMBER,
+    "tokens_per_s": NUMBER,
 }
 EVAL = {
-    "tokens": COUNT, "fvu": NUMBER, "explained_variance": NUMBER, "l0": NUMBER, "dead_latents": COUNT,
-    "latents": COUNT, "cosine?": NUMBER, "density": [NUMBER],
-    "loss?": {"original": NUMBER, "patched": NUMBER, "mean_ablated": NUMBER, "loss_recovered": NUMBER,
-              "tokens": COUNT},
+    "tokens": COUNT,
+    "fvu": NUMBER,
+    "explained_variance": NUMBER,
+    "l0": NUMBER,
+    "dead_latents": COUNT,
+    "latents": COUNT,
+    "cosine?": NUMBER,
+    "density": [NUMBER],
+    "loss?": {"original": NUMBER, "patched": NUMBER, "mean_ablated": NUMBER, "loss_recovered": NUMBER, "tokens": COUNT},
     "dropped?": {"first_positions": COUNT, "norm_outliers": COUNT},
     "source?": {"model": TEXT, "module": TEXT, "text": TEXT},
 }
-FEATURES = [{
-    "latent": COUNT, "density": NUMBER, "max_value": NUMBER, "promoted?": [TEXT], "suppressed?": [TEXT],
-    "passages": [{"tokens": [TEXT], "values": [NUMBER], "peak": COUNT}],
-}]
-BENCH = {"rows": [{
-    "op": TEXT, "name": TEXT, "shape": {"n?": COUNT, "d?": COUNT, "m?": COUNT, "k?": COUNT}, "dtype": TEXT,
-    "p20_ms": NUMBER, "p50_ms": NUMBER, "p80_ms": NUMBER, "peak_bytes?": NUMBER,
-}]}
+FEATURES = [
+    {
+        "latent": COUNT,
+        "density": NUMBER,
+        "max_value": NUMBER,
+        "promoted?": [TEXT],
+        "suppressed?": [TEXT],
+        "passages": [{"tokens": [TEXT], "values": [NUMBER], "peak": COUNT}],
+    }
+]
+BENCH = {
+    "rows": [
+        {
+            "op": TEXT,
+            "name": TEXT,
+            "shape": {"n?": COUNT, "d?": COUNT, "m?": COUNT, "k?": COUNT},
+            "dtype": TEXT,
+            "p20_ms": NUMBER,
+            "p50_ms": NUMBER,
+            "p80_ms": NUMBER,
+            "peak_bytes?": NUMBER,
+        }
+    ]
+}
 
 
 class RunDirError(ValueError):
@@ -64,7 +93,7 @@ class RunData:
     def missing(self) -> list[tuple[str, str]]:
         """(file name, what it would have held) for each optional file that is not there."""
         parts = (self.evaluation, self.features, self.bench)
-        return [item for item, part in zip(OPTIONAL_FILES.items(), parts) if part is None]
+        return [item for item, part in zip(OPTIONAL_FILES.items(), parts, strict=True) if part is None]
 
 
 def read_run(run_dir: str | Path) -> RunData:
@@ -76,7 +105,7 @@ def read_run(run_dir: str | Path) -> RunData:
     """
     path = Path(run_dir)
     if not path.is_dir():
-        raise FileNotFoundError(f"run_dir must be the directory of a finished run, got {str(path)!r}: no such directory")
+        raise FileNotFoundError(f"run_dir must be the directory of a run, got {str(path)!r}: no such directory")
     for name in ("config.json", "metrics.jsonl"):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} holds no {name}: is it the directory that the training run wrote?")
@@ -177,7 +206,8 @@ def _check(value: Any, spec: Any, where: str, field: str = "") -> None:
                 continue
             full = f"{field}.{name}" if field else name
             if name not in value:
-                raise RunDirError(f"{where}: field '{full}' is missing; it has: {', '.join(map(repr, value)) or 'none'}")
+                has = ", ".join(map(repr, value)) or "nothing"
+                raise RunDirError(f"{where}: field '{full}' is missing; there is: {has}")
             _check(value[name], inner, where, full)
     elif isinstance(spec, list):
         if not isinstance(value, list):

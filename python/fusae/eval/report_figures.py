@@ -16,17 +16,43 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 # matplotlib wants real colours: each role is drawn in a colour of its own, which _svg swaps for the page's variable.
 ROLES = {
-    "#010101": "var(--ink)", "#020202": "var(--muted)", "#030303": "var(--rule)", "#040404": "var(--blue)",
-    "#050505": "var(--orange)", "#060606": "var(--bar)", "#070707": "var(--paper)",
+    "#010101": "var(--ink)",
+    "#020202": "var(--muted)",
+    "#030303": "var(--rule)",
+    "#040404": "var(--blue)",
+    "#050505": "var(--orange)",
+    "#060606": "var(--bar)",
+    "#070707": "var(--paper)",
 }
 INK, MUTED, RULE, BLUE, ORANGE, BAR, PAPER = ROLES
 STYLE = {
-    "svg.fonttype": "none", "font.size": 11.5, "axes.labelsize": 11.5, "xtick.labelsize": 11.5, "ytick.labelsize": 11.5,
-    "axes.edgecolor": MUTED, "axes.labelcolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED, "text.color": INK,
-    "axes.linewidth": 0.8, "xtick.major.width": 0.8, "ytick.major.width": 0, "ytick.minor.width": 0,
-    "xtick.minor.width": 0.5, "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": RULE, "grid.linewidth": 0.8, "axes.axisbelow": True,
-    "lines.solid_capstyle": "round", "figure.facecolor": "none", "axes.facecolor": "none", "axes.unicode_minus": True,
+    "svg.fonttype": "none",
+    "font.size": 11.5,
+    "axes.labelsize": 11.5,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "axes.linewidth": 0.8,
+    "xtick.major.width": 0.8,
+    "ytick.major.width": 0,
+    "ytick.minor.width": 0,
+    "xtick.minor.width": 0.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "lines.solid_capstyle": "round",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.unicode_minus": True,
 }
 MAX_POINTS = 600  # more than the panel has pixels
 
@@ -35,8 +61,9 @@ def _figure(width: float, height: float, **margins: float):
     """A figure of `width` x `height` SVG units with absolute margins in the same units."""
     figure = Figure(figsize=(width / 72, height / 72))
     box = {"left": 54, "right": 10, "bottom": 44, "top": 10} | margins
-    figure.subplots_adjust(box["left"] / width, box["bottom"] / height, 1 - box["right"] / width,
-                           1 - box["top"] / height)
+    figure.subplots_adjust(
+        box["left"] / width, box["bottom"] / height, 1 - box["right"] / width, 1 - box["top"] / height
+    )
     return figure, figure.subplots()
 
 
@@ -46,7 +73,7 @@ def _svg(figure: Figure, name: str, title: str) -> Markup:
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
-    text = text[text.index("<svg"):]
+    text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
     text = re.sub(r"font-family:[^;\"]*;?", "", text)
@@ -61,8 +88,9 @@ def _svg(figure: Figure, name: str, title: str) -> Markup:
 
 def _running_median(y: np.ndarray) -> np.ndarray:
     half = max(1, len(y) // 40)
-    return np.array([np.nanmedian(y[max(0, i - half): i + half + 1]) if np.isfinite(y[i]) else np.nan
-                     for i in range(len(y))])
+    return np.array(
+        [np.nanmedian(y[max(0, i - half) : i + half + 1]) if np.isfinite(y[i]) else np.nan for i in range(len(y))]
+    )
 
 
 def _thin(*arrays: np.ndarray) -> list[np.ndarray]:
@@ -83,9 +111,18 @@ def token_axis(tokens: Sequence[int]) -> tuple[np.ndarray, str]:
     return values, "training tokens"
 
 
-def curve(name: str, title: str, tokens: Sequence[int], values: Sequence[float], ylabel: str, *, smooth: bool = False,
-          zero: bool = False, reference: tuple[float, str] | None = None,
-          second: tuple[str, str, Sequence[float]] | None = None) -> Markup:
+def curve(
+    name: str,
+    title: str,
+    tokens: Sequence[int],
+    values: Sequence[float],
+    ylabel: str,
+    *,
+    smooth: bool = False,
+    zero: bool = False,
+    reference: tuple[float, str] | None = None,
+    second: tuple[str, str, Sequence[float]] | None = None,
+) -> Markup:
     """One quantity against training tokens.
 
     Args:
@@ -120,16 +157,30 @@ def curve(name: str, title: str, tokens: Sequence[int], values: Sequence[float],
             axes.axhline(reference[0], color=INK, lw=1, dashes=(4, 3))
             below = len(seen) and np.nanmedian(y) > reference[0]  # on the side where the curve is not
             axes.margins(y=0.16)
-            axes.annotate(reference[1], (1, reference[0]), xycoords=("axes fraction", "data"),
-                          xytext=(0, -4 if below else 4), textcoords="offset points", ha="right",
-                          va="top" if below else "bottom", fontsize=11.5)
+            axes.annotate(
+                reference[1],
+                (1, reference[0]),
+                xycoords=("axes fraction", "data"),
+                xytext=(0, -4 if below else 4),
+                textcoords="offset points",
+                ha="right",
+                va="top" if below else "bottom",
+                fontsize=11.5,
+            )
         if second:
-            for (line, colour), label in zip(lines, second[:2]):
+            for (line, colour), label in zip(lines, second[:2], strict=True):
                 good = np.flatnonzero(np.isfinite(line))
                 if len(good):
                     at = good[int(0.98 * (len(good) - 1))]
-                    axes.annotate(label, (x[at], line[at]), xytext=(0, 8), textcoords="offset points", ha="right",
-                                  color=colour, fontsize=11.5)
+                    axes.annotate(
+                        label,
+                        (x[at], line[at]),
+                        xytext=(0, 8),
+                        textcoords="offset points",
+                        ha="right",
+                        color=colour,
+                        fontsize=11.5,
+                    )
         axes.set_xlim(0, x.max() or 1)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
@@ -160,7 +211,7 @@ def density_histogram(density: Sequence[float], mean: float, shown: Sequence[flo
     """log10 of the latents' densities; `mean` = L0 / m is marked, and the densities `shown` get a triangle."""
     live = np.asarray([v for v in density if v > 0 and math.isfinite(v)])
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(460, 280, top=24)
+        figure, axes = _figure(420, 268, top=26, right=16)
         if len(live):
             logs = np.log10(live)
             low, high = math.floor(logs.min() * 2) / 2, min(0.0, math.ceil(logs.max() * 2) / 2)
@@ -170,13 +221,30 @@ def density_histogram(density: Sequence[float], mean: float, shown: Sequence[flo
             axes.text(0.5, 0.5, "no latent fired on the held-out tokens", transform=axes.transAxes, ha="center")
         if mean > 0:
             axes.axvline(math.log10(mean), color=INK, lw=1, dashes=(4, 3))
-            axes.annotate(f"mean {mean:.2g}", (math.log10(mean), 1), xycoords=("data", "axes fraction"), xytext=(0, 5),
-                          textcoords="offset points", ha="center", fontsize=11.5)
+            axes.annotate(
+                f"mean {mean:.2g}",
+                (math.log10(mean), 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                fontsize=11.5,
+            )
         marks = [math.log10(v) for v in shown if v > 0]
         axes.set_ylim(0, axes.get_ylim()[1] * 1.06)
-        axes.plot(marks, [0.975] * len(marks), "v", transform=axes.get_xaxis_transform(), color=ORANGE, ms=5,
-                  markeredgecolor=PAPER, markeredgewidth=0.6, clip_on=False, zorder=5)
-        axes.set_xlabel("log₁₀ density (share of held-out tokens on which the latent is active)")
+        axes.plot(
+            marks,
+            [0.975] * len(marks),
+            "v",
+            transform=axes.get_xaxis_transform(),
+            color=ORANGE,
+            ms=5,
+            markeredgecolor=PAPER,
+            markeredgewidth=0.6,
+            clip_on=False,
+            zorder=5,
+        )
+        axes.set_xlabel("log₁₀ density (share of held-out tokens)")
         axes.set_ylabel("latents per bin")
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
@@ -186,22 +254,36 @@ def density_histogram(density: Sequence[float], mean: float, shown: Sequence[flo
 
 def bars(name: str, title: str, rows: Sequence[tuple[str, float, float, float, str, bool]]) -> Markup:
     """Horizontal bars, one a row of (name, p20, p50, p80, label, emphasised), in milliseconds."""
-    pitch = 40
-    height = pitch * len(rows) + 52
+    height = 48 * len(rows) + 50
     with matplotlib.rc_context(STYLE | {"axes.grid.axis": "x", "xtick.major.width": 0}):
-        figure, axes = _figure(460, height, left=4, right=96, top=6)
+        figure, axes = _figure(430, height, left=4, right=104, top=6)
         for i, (row, p20, p50, p80, label, strong) in enumerate(rows):
-            axes.barh(i + 0.17, p50, height=0.42, color=BLUE if strong else BAR, linewidth=0)
-            axes.plot([p20, p80], [i + 0.17] * 2, color=INK, lw=1.1, solid_capstyle="butt")
-            axes.annotate(row, (0, i - 0.12), xytext=(0, 2), textcoords="offset points", va="bottom",
-                          color=INK, weight="bold" if strong else "normal", parse_math=False)
-            axes.annotate(label, (max(p50, p80), i + 0.17), xytext=(6, 0), textcoords="offset points", va="center",
-                          color=INK, weight="bold" if strong else "normal", parse_math=False)
-        axes.set_ylim(len(rows) - 0.45, -0.55)
+            axes.barh(i + 0.2, p50, height=0.4, color=BLUE if strong else BAR, linewidth=0)
+            axes.plot([p20, p80], [i + 0.2] * 2, color=INK, lw=1.1, solid_capstyle="butt")
+            axes.annotate(
+                row,
+                (0, i),
+                xytext=(0, 3),
+                textcoords="offset points",
+                va="bottom",
+                color=INK,
+                weight="bold" if strong else "normal",
+                parse_math=False,
+            )
+            axes.annotate(
+                label,
+                (max(p50, p80), i + 0.2),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                color=INK,
+                weight="bold" if strong else "normal",
+                parse_math=False,
+            )
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, max(max(r[2], r[3]) for r in rows) or 1)
         axes.set_yticks([])
         axes.spines["bottom"].set_visible(False)
-        axes.spines["left"].set_visible(True)
         axes.set_xlabel("milliseconds")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))

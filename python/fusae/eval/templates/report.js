@@ -2,7 +2,8 @@
   "use strict";
   const form = document.getElementById("search");
   if (!form) return;
-  const box = document.getElementById("q"), only = document.getElementById("only"), said = document.getElementById("said");
+  const box = document.getElementById("q"), only = document.getElementById("only");
+  const said = document.getElementById("said");
 
   // Each passage as one lower-case string, with the place of every token in it, so that a search may span tokens.
   const read = (el) => {
