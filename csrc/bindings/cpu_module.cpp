@@ -1,2 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// fusae._C: the CPU kernels. Tensors cross as addresses and sizes; shapes, dtypes and contiguity were checked in Python.
 #include <pybind11/pybind11.h>
-PYBIND11_MODULE(_C, m) {}
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "fusae/check.h"
+#include "fusae/ops.h"
+
+namespace py = pybind11;
+using namespace fusae;
+
+namespace {
+
+// An address from tensor.data_ptr(); 0 stands for "not given".
+template <class T>
+T* ptr(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Buffers of a running selection, as Python holds them: addresses of pre, idx, count, threshold, then cap and k.
+using State = std::tuple<uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t>;
+
+SelectState state_of(const State& s) {
+  const auto [pre, idx, count, threshold, cap, k] = s;
+  return {ptr<float>(pre), ptr<int32_t>(idx), ptr<int32_t>(count), ptr<float>(threshold), cap, k};
+}
+
+// Sparse codes: addresses of values, indices, offsets (0: fixed width), then dtype, rows, width and storage.
+using CodesTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t>;
+
+Codes codes_of(const CodesTuple& c, int64_t m, bool check) {
+  const auto [values, indices, offsets, dtype, n, width, storage] = c;
+  const Codes codes{ptr<void>(values), static_cast<DType>(dtype), ptr<int32_t>(indices), ptr<int64_t>(offsets), n, width};
+  if (check) check_codes(codes, storage, m);
+  return codes;
+}
+
+void select_tile(uintptr_t tile, int dtype, int64_t stride, int64_t n, int64_t cols, int64_t first, uintptr_t bias,
+                 uintptr_t norms, uintptr_t mask, bool magnitude, const State& main, const State& aux, int threads) {
+  const SelectTileArgs args{ptr<void>(tile), static_cast<DType>(dtype), stride, n, cols, first,
+                            ptr<float>(bias), ptr<float>(norms), ptr<uint8_t>(mask), magnitude,
+                            state_of(main), state_of(aux), threads};
+  const py::gil_scoped_release release;
+  cpu::active().select_tile(args);
+}
+
+void select_finish(const State& state, int64_t n, int64_t m, uintptr_t norms, uintptr_t mask, bool magnitude, bool relu,
+                   uintptr_t values, int dtype, uintptr_t indices, int threads) {
+  const SelectFinishArgs args{state_of(state), n, m, ptr<float>(norms), ptr<uint8_t>(mask), magnitude, relu,
+                              ptr<void>(values), static_cast<DType>(dtype), ptr<int32_t>(indices), threads};
+  const py::gil_scoped_release release;
+  cpu::active().select_finish(args);
+}
+
+void decode(const CodesTuple& codes, uintptr_t weight, uintptr_t bias, uintptr_t out, int dtype, int64_t m, int64_t d,
+            int threads) {
+  const py::gil_scoped_release release;
+  cpu::active().decode({codes_of(codes, m, true), ptr<void>(weight), ptr<void>(bias), ptr<void>(out),
+                        static_cast<DType>(dtype), m, d, threads});
+}
+
+void by_latent(const CodesTuple& codes, int64_t m, uintptr_t start, uintptr_t order, uintptr_t row) {
+  const py::gil_scoped_release release;
+  cpu::active().by_latent({codes_of(codes, m, true), m, ptr<int64_t>(start), ptr<int64_t>(order), ptr<int32_t>(row)});
+}
+
+// `codes` were checked by by_latent.
+void latent_pass(const CodesTuple& codes, uintptr_t start, uintptr_t order, uintptr_t row, uintptr_t latents, int64_t u,
+                 uintptr_t rows, uintptr_t weight, int dtype, int64_t m, int64_t d, uintptr_t sum, uintptr_t dots,
+                 uintptr_t coef_sum, int threads) {
+  const py::gil_scoped_release release;
+  cpu::active().latent_pass({codes_of(codes, m, false), ptr<int64_t>(start), ptr<int64_t>(order), ptr<int32_t>(row),
+                             ptr<int64_t>(latents), u, ptr<void>(rows), ptr<void>(weight), static_cast<DType>(dtype), m,
+                             d, ptr<void>(sum), ptr<void>(dots), ptr<void>(coef_sum), threads});
+}
+
+void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t grad, uintptr_t rows, int dtype,
+               int64_t m, int64_t d, int64_t u, double decay, double l2, double one_minus_beta1, double beta2,
+               double one_minus_beta2, double step_size, double root_correction2, double eps, bool masked, bool project,
+               bool renormalise, int threads) {
+  const auto f = [](double a) { return static_cast<float>(a); };
+  const py::gil_scoped_release release;
+  cpu::active().adam_rows({ptr<void>(param), ptr<float>(exp_avg), ptr<float>(exp_avg_sq), ptr<void>(grad),
+                           ptr<int64_t>(rows), static_cast<DType>(dtype), m, d, u, f(decay), f(l2), f(one_minus_beta1),
+                           f(beta2), f(one_minus_beta2), f(step_size), f(root_correction2), f(eps), masked, project,
+                           renormalise, threads});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of fusae. Private: use the functions of the fusae package.";
+  m.def("isa", [] { return std::string(cpu::active().name); }, "instruction set in use");
+  m.def("compiled_isas", [] {
+    std::vector<std::string> names;
+    for (int i = 0; cpu::compiled(i); ++i) names.emplace_back(cpu::compiled(i));
+    return names;
+  }, "instruction sets compiled in, best first");
+  m.def("runnable", [](const std::string& name) { return cpu::runnable(name.c_str()); });
+  m.def("set_isa", [](const std::string& name) { return cpu::set_active(name.c_str()); },
+        "False, and no change, when the set is not compiled in or cannot run here");
+  m.def("select_tile", &select_tile);
+  m.def("select_finish", &select_finish);
+  m.def("decode", &decode);
+  m.def("by_latent", &by_latent);
+  m.def("latent_pass", &latent_pass);
+  m.def("adam_rows", &adam_rows);
+}

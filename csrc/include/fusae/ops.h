@@ -75,7 +75,6 @@ struct ByLatentArgs {
   int64_t* start;  // [m + 1]
   int64_t* order;  // [entries] position of the entry in the storage
   int32_t* row;    // [entries] its row
-  int32_t threads;
 };
 
 // One pass over the latents. For latent j and its entries e in row order:

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+// All algorithm bodies, in the namespace of the instruction set being compiled, and its table of kernels.
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/parallel.h"
+#include "fusae/dtype.h"
+#include "fusae/ops.h"
+
+#define FUSAE_STRING_(x) #x
+#define FUSAE_STRING(x) FUSAE_STRING_(x)
+
+namespace fusae::cpu::FUSAE_ISA {
+namespace {
+#include "cpu/simd.h"
+#include "cpu/elements-inl.h"
+#include "cpu/topk-inl.h"
+#include "cpu/decode-inl.h"
+#include "cpu/latent_pass-inl.h"
+#include "cpu/adam_rows-inl.h"
+}  // namespace
+
+extern const Table table;
+const Table table = {
+    FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, decode, by_latent, latent_pass, adam_rows,
+};
+
+}  // namespace fusae::cpu::FUSAE_ISA

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// Checks that need the data and not only the shapes. A bad index would read or write outside the weights.
+#pragma once
+#include <stdexcept>
+#include <string>
+
+#include "fusae/ops.h"
+
+namespace fusae {
+
+inline void check_codes(const Codes& c, int64_t storage, int64_t m) {
+  int64_t used = c.n * c.width;
+  if (c.offsets) {
+    if (c.offsets[0] != 0) throw std::out_of_range("offsets[0] must be 0, got " + std::to_string(c.offsets[0]));
+    for (int64_t i = 0; i < c.n; ++i) {
+      if (c.offsets[i + 1] < c.offsets[i])
+        throw std::out_of_range("offsets must not decrease, got " + std::to_string(c.offsets[i]) + " then " +
+                                std::to_string(c.offsets[i + 1]) + " at row " + std::to_string(i));
+    }
+    used = c.offsets[c.n];
+    if (used > storage)
+      throw std::out_of_range("offsets[-1] must be at most the storage of " + std::to_string(storage) +
+                              " entries, got " + std::to_string(used));
+  }
+  for (int64_t e = 0; e < used; ++e) {
+    if (c.indices[e] < 0 || c.indices[e] >= m)
+      throw std::out_of_range("indices must lie in [0, " + std::to_string(m) + "), got " +
+                              std::to_string(c.indices[e]) + " at entry " + std::to_string(e));
+  }
+}
+
+}  // namespace fusae
