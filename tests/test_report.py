@@ -23,96 +23,50 @@ from fusae.eval.report_numbers import big, duration, percent, sig, size  # noqa:
 
 M, K, D = 64, 4, 16
 CURVES = ("fvu", "loss", "l0", "dead", "lr", "throughput")
-# fmt: off  (data reads better as tables)
-HOSTILE = [
-    '<script>document.title="owned"</script>',
-    '"><img src=x onerror=alert(1)>',
-    "{{ 7 * 7 }}",
-    "</style>",
-    "&lt;",
-    "\x00\x1b",
-    "\ud83d",
-    "\u202e",
-    "' onmouseover='x",
-]
+# Data reads better as tables:
+# fmt: off
+HOSTILE = ['<script>document.title="owned"</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style>",
+           "&lt;", "\x00\x1b", "\ud83d", "\u202e", "' onmouseover='x"]
 
 
 def contents() -> dict:
     """A complete run directory: file name → what it holds."""
     metrics = [
-        {
-            "step": 10 * i,
-            "tokens": 40960 * i,
-            "seconds": 2.5 * i,
-            "loss": 0.3 + 1 / i,
-            "fvu": 0.25 + 1 / i,
-            "l0": 3.9,
-            "dead": max(0, 20 - i),
-            "aux_loss": None if i < 5 else 0.02,
-            "lr": 1e-3,
-            "tokens_per_s": 16000.0 + i,
-        }
+        {"step": 10 * i, "tokens": 40960 * i, "seconds": 2.5 * i, "loss": 0.3 + 1 / i, "fvu": 0.25 + 1 / i, "l0": 3.9,
+         "dead": max(0, 20 - i), "aux_loss": None if i < 5 else 0.02, "lr": 1e-3, "tokens_per_s": 16000.0 + i}
         for i in range(1, 41)
     ]
     passages = [
-        {
-            "tokens": ["The", " river", " rose", ".\n\n", "def", "\t", "f", "    ", "x"],
-            "values": [0, 7.25, 3.5, 0, 0, 0, 0, 1.0, 0],
-            "peak": 1,
-        },
+        {"tokens": ["The", " river", " rose", ".\n\n", "def", "\t", "f", "    ", "x"],
+         "values": [0, 7.25, 3.5, 0, 0, 0, 0, 1.0, 0], "peak": 1},
         {"tokens": ["No", " lamp", " burned"], "values": [0.0, 0.5, 0.0], "peak": 1},
     ]
     features = [
-        {
-            "latent": 3,
-            "density": 0.012,
-            "max_value": 7.25,
-            "promoted": [" water", "bank"],
-            "suppressed": [" the"],
-            "passages": passages,
-        },
-        {
-            "latent": 41,
-            "density": 0.0004,
-            "max_value": 2.0,
-            "passages": [{"tokens": [*HOSTILE, " owl"], "values": [0.0] * len(HOSTILE) + [2.0], "peak": len(HOSTILE)}],
-        },
+        {"latent": 3, "density": 0.012, "max_value": 7.25, "promoted": [" water", "bank"], "suppressed": [" the"],
+         "passages": passages},
+        {"latent": 41, "density": 0.0004, "max_value": 2.0, "passages": [
+            {"tokens": [*HOSTILE, " owl"], "values": [0.0] * len(HOSTILE) + [2.0], "peak": len(HOSTILE)}]},
     ]
     step = {"op": "train_step", "shape": {"n": 4096, "d": D, "m": M, "k": K}, "dtype": "float32"}
     return {
-        "config.json": {
-            "model": "tiny-lm",
-            "module": "model.layers.1",
-            "text": "a book",
-            "coder": {"d": D, "m": M, "k": K},
-            "lr": 1e-3,
-            "versions": {"fusae": "0.0.test", "torch": "2.13.0"},
-        },
+        "config.json": {"model": "tiny-lm", "module": "model.layers.1", "text": "a book",
+                        "coder": {"d": D, "m": M, "k": K}, "lr": 1e-3,
+                        "versions": {"fusae": "0.0.test", "torch": "2.13.0"}},
         "metrics.jsonl": metrics,
         "eval.json": {
-            "tokens": 20000,
-            "fvu": 0.2468,
-            "explained_variance": 0.7532,
-            "l0": 3.97,
-            "dead_latents": 2,
-            "latents": M,
-            "cosine": 0.9,
-            "density": [0.0, 0.0] + [10 ** (-1 - i / 30) for i in range(M - 2)],
+            "tokens": 20000, "fvu": 0.2468, "explained_variance": 0.7532, "l0": 3.97, "dead_latents": 2, "latents": M,
+            "cosine": 0.9, "density": [0.0, 0.0] + [10 ** (-1 - i / 30) for i in range(M - 2)],
             "loss": {"original": 3.0, "patched": 3.3, "mean_ablated": 8.0, "loss_recovered": 0.94, "tokens": 9000},
             "dropped": {"first_positions": 10, "norm_outliers": 3},
             "source": {"model": "tiny-lm", "module": "model.layers.1", "text": "a book"},
         },
         "features.json": features,
-        "bench.json": {
-            "rows": [
-                {**step, "name": "fusae", "p20_ms": 9.5, "p50_ms": 10.0, "p80_ms": 11.0, "peak_bytes": 3 * 2**20},
-                {**step, "name": "plain torch", "p20_ms": 51.0, "p50_ms": 52.5, "p80_ms": 55.0, "peak_bytes": None},
-                {**step, "op": "encode_topk", "name": "torch.mm", "p20_ms": 4.0, "p50_ms": 4.1, "p80_ms": 4.3},
-            ]
-        },
+        "bench.json": {"rows": [
+            {**step, "name": "fusae", "p20_ms": 9.5, "p50_ms": 10.0, "p80_ms": 11.0, "peak_bytes": 3 * 2**20},
+            {**step, "name": "plain torch", "p20_ms": 51.0, "p50_ms": 52.5, "p80_ms": 55.0, "peak_bytes": None},
+            {**step, "op": "encode_topk", "name": "torch.mm", "p20_ms": 4.0, "p50_ms": 4.1, "p80_ms": 4.3},
+        ]},
     }
-
-
 # fmt: on
 
 
@@ -174,27 +128,14 @@ def test_every_figure_with_labelled_axes_and_a_caption(source):
 def test_key_figures_and_tables(source):
     text = html.unescape(re.sub(r"<[^>]+>", " ", source)).replace("\u202f", " ")
     text = re.sub(r"\s+", " ", text)
-    for wanted in (
-        "tiny-lm",
-        "model.layers.1",
-        "a book",
-        "1,638,400",
-        "FVU 0.247",
-        "Loss recovered 94.0 %",
-        "L0 3.97",
-        "Dead latents 2 3.12 % of 64",
-        "Original 3.000",
-        "Patched 3.300 +0.300",
-        "Mean-ablated 8.000 +5.000",
-        "plain torch 51.0 52.5 55.0 5.25 not measured",
-        "fusae 9.50 10.0 11.0 1.00 3.00 MiB",
-        "coder.k 4",
-        "fusae 0.0.test",
-        "torch 2.13.0",
-        "n 4,096, d 16, m 64, k 4, float32",
-        "max 7.25",
-    ):
-        assert wanted in text, wanted
+    wanted = """
+        tiny-lm | model.layers.1 | a book | 1,638,400 | FVU 0.247 | Loss recovered 94.0 % | L0 3.97
+        Dead latents 2 3.12 % of 64 | Original 3.000 | Patched 3.300 +0.300 | Mean-ablated 8.000 +5.000
+        plain torch 51.0 52.5 55.0 5.25 not measured | fusae 9.50 10.0 11.0 1.00 3.00 MiB | coder.k 4
+        fusae 0.0.test | torch 2.13.0 | n 4,096, d 16, m 64, k 4, float32 | max 7.25
+    """
+    phrases = [phrase.strip() for phrase in re.split(r"[|\n]", wanted) if phrase.strip()]
+    assert len(phrases) == 18 and [phrase for phrase in phrases if phrase not in text] == []
 
 
 def test_is_self_contained_and_without_clashing_ids(source):
@@ -364,26 +305,14 @@ def test_degenerate_runs_still_make_a_page(tmp_path):
         assert wanted in source, wanted
 
 
-@pytest.mark.parametrize(
-    ("function", "value", "text"),
-    [
-        (sig, 0.23812, "0.238"),
-        (sig, 1492.7, "1,493"),
-        (sig, 0.0000123, "1.23e−5"),
-        (sig, 0, "0"),
-        (sig, 9.999, "10.0"),
-        (sig, math.nan, "NaN"),
-        (sig, -math.inf, "−∞"),
-        (big, 4_915_200, "4.92 M"),
-        (big, 14472.3, "14,472"),
-        (percent, 0.0173, "1.73 %"),
-        (percent, 0.00012, "0.012 %"),
-        (size, 1.31 * 2**30, "1.31 GiB"),
-        (duration, 336.4, "5 min 36 s"),
-        (duration, 7322, "2 h 2 min"),
-        (duration, 0.2, "0 s"),
-    ],
-)
+# fmt: off
+@pytest.mark.parametrize(("function", "value", "text"), [
+    (sig, 0.23812, "0.238"), (sig, 1492.7, "1,493"), (sig, 0.0000123, "1.23e−5"), (sig, 0, "0"), (sig, 9.999, "10.0"),
+    (sig, math.nan, "NaN"), (sig, -math.inf, "−∞"), (big, 4_915_200, "4.92 M"), (big, 14472.3, "14,472"),
+    (percent, 0.0173, "1.73 %"), (percent, 0.00012, "0.012 %"), (size, 1.31 * 2**30, "1.31 GiB"),
+    (duration, 336.4, "5 min 36 s"), (duration, 7322, "2 h 2 min"), (duration, 0.2, "0 s"),
+])
+# fmt: on
 def test_numbers(function, value, text):
     assert function(value).replace("\u202f", " ") == text
 
