@@ -2,7 +2,7 @@
 """From text to activations: demo files, language models, token chunks, and activations on disk."""
 
 from .activations import Activations, Batches
-from .collect import collect, weights_sha256
+from .capture import collect, weights_sha256
 from .demo import DemoFiles, default_cache_dir, fetch_demo, find_demo
 from .models import LoadedModel, load_model
 from .text import is_held_out, iter_documents, split_documents, tokenize

@@ -49,15 +49,22 @@ def run_to(model: nn.Module, module: nn.Module, ids: Tensor) -> Tensor:
         handle.remove()
     if not caught:
         raise ValueError(f"module: {type(module).__name__} took no part in the forward pass of {type(model).__name__}")
-    return hidden_of(caught[0])
+    return hidden_of(caught[0], ids)
 
 
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states ``[batch, ctx, d]`` in a module's output. Raises `ValueError` if there are none."""
+def hidden_of(output: Any, ids: Tensor) -> Tensor:
+    """The hidden states ``[batch, ctx, d]`` in a module's output for `ids`. Raises `ValueError` if there are none."""
     hidden = output[0] if isinstance(output, tuple) and output else output
-    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or not hidden.is_floating_point():
+    if (
+        not isinstance(hidden, Tensor)
+        or not hidden.is_floating_point()
+        or hidden.ndim != 3
+        or hidden.shape[:2] != ids.shape
+    ):
         what = f"shape {list(hidden.shape)}, {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
-        raise ValueError(f"module: its output must hold hidden states [batch, ctx, d], got {what}")
+        raise ValueError(
+            f"module: its output must hold hidden states [batch, ctx, d], here [{ids.shape[0]}, {ids.shape[1]}, d], got {what}"
+        )
     return hidden
 
 

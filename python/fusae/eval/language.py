@@ -75,7 +75,7 @@ def loss_recovered(
                 loss["original"] += _loss_sum(model, ids)
             if target not in outputs:
                 raise ValueError(f"module: {module!r} took no part in the forward pass of {type(model).__name__}")
-            hidden = hooks.hidden_of(outputs[target])
+            hidden = hooks.hidden_of(outputs[target], ids)
             if mean.shape != hidden.shape[-1:]:
                 raise ValueError(f"mean must have shape [{hidden.shape[-1]}], got {list(mean.shape)}")
             if first_batch and norm_limit is None:

@@ -220,8 +220,8 @@ class _Writer:
                 f"dtype: a value of {float(rows.abs().max()):.3g} does not fit float16 (65504); pass dtype='float32' "
                 "or a lower outlier_factor"
             )
-        self._files[ROWS].write(stored.numpy().data)
-        self._files[POSITIONS].write(positions.to(torch.int32).cpu().numpy().data)
+        self._files[ROWS].write(stored.contiguous().numpy().data)
+        self._files[POSITIONS].write(positions.to(torch.int32).cpu().contiguous().numpy().data)
         # One assignment: wherever Ctrl-C strikes, the cursor names whole batches that are in the files.
         was = dataclasses.asdict(self.at)
         counts["rows"] = rows.shape[0]
