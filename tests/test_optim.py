@@ -198,7 +198,7 @@ def test_a_failed_step_is_not_counted():
         ({"betas": 0.9}, "betas must be a pair"),
         ({"eps": float("inf")}, "eps must be"),
         ({"weight_decay": 0.1, "masked": True}, "weight_decay must be 0 with masked=True"),
-        ({"project": 1}, "project must be True or False, got 1"),
+        ({"project": 1}, "project must be true or false, got int 1"),
     ],
 )
 def test_bad_options(options, message):
@@ -223,7 +223,9 @@ def test_bad_parameters_and_groups():
 
 def test_empty_sparse_gradient():
     params, plain = parameters(torch.float64), parameters(torch.float64)
-    empty = torch.sparse_coo_tensor(torch.zeros(1, 0, dtype=torch.long), torch.zeros(0, D, dtype=torch.float64), (M, D))
+    nothing = torch.zeros(0, D, dtype=torch.float64)
+    rows = torch.zeros(1, 0, dtype=torch.int64)
+    empty = torch.sparse_coo_tensor(rows, nothing, (M, D), check_invariants=True)
     ours, theirs = Adam(params, weight_decay=0.1), torch.optim.Adam(plain, weight_decay=0.1)
     params[0].grad, plain[0].grad = empty, torch.zeros(M, D, dtype=torch.float64)
     ours.step(), theirs.step()

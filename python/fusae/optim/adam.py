@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _fields
 from ..ops import adam_rows_
 
 _FLAGS = ("decoupled", "masked", "project", "renormalise")
@@ -145,7 +145,7 @@ class Adam(torch.optim.Optimizer):
             The norm before clipping, a scalar on the device of the gradients. A non-finite norm scales nothing away: the
             gradients become NaN, as with torch's function.
         """
-        _number("max_norm", max_norm, low=0.0, open_low=True)
+        _fields.number("max_norm", max_norm, above=True)
         squares, grads = [], []
         for group in self.param_groups:
             for param in group["params"]:
@@ -182,28 +182,16 @@ def _square_norm(grad: Tensor, rows: Tensor | None, param: Tensor | None) -> Ten
     return total
 
 
-def _number(name: str, value: object, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a plain number, got {type(value).__name__} {value!r}")
-    inside = (value > low if open_low else value >= low) and value < high
-    if not (math.isfinite(value) and inside):
-        bounds = f"{'greater than' if open_low else 'at least'} {low:g}"
-        bounds += f" and less than {high:g}" if high != math.inf else " and finite"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-
-
 def _check_options(group: dict[str, Any]) -> None:
-    _number("lr", group["lr"], 0.0)
-    _number("eps", group["eps"], 0.0)
-    _number("weight_decay", group["weight_decay"], 0.0)
+    for name in ("lr", "eps", "weight_decay"):
+        _fields.number(name, group[name])
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {betas!r}")
     for i, beta in enumerate(betas):
-        _number(f"betas[{i}]", beta, 0.0, 1.0)
+        _fields.number(f"betas[{i}]", beta, 0.0, 1.0)
     for name in _FLAGS:
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be True or False, got {group[name]!r}")
+        _fields.flag(name, group[name])
     if group["masked"] and group["weight_decay"]:
         raise ValueError(f"weight_decay must be 0 with masked=True (SparseAdam has none), got {group['weight_decay']}")
 
