@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing and memory of contenders side by side.
+
+A machine's speed drifts by more than the differences that matter. So contenders run in turns (`interleaved`), the order
+rotated from round to round, and what counts is the median of the ratios taken within each round (`ratio`). Times of
+different runs are not comparable; ratios are. Memory is measured in a fresh process for each contender (`peak_memory`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import gc
+import importlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bench_row import Row, RowError, append_rows, environment, parse_rows, read_rows
+
+__all__ = [
+    "Measurement", "Percentiles", "Row", "RowError", "append_rows", "interleaved", "measure", "parse_rows",
+    "peak_memory", "percentiles", "ratio", "read_rows", "train_step_rows",
+]  # fmt: skip
+
+Times = dict[str, list[float]]
+_WORKLOADS = "fusae.testing.workloads"
+_WARM = {"n": 8, "d": 16, "m": 64, "k": 4}
+
+
+class Percentiles(NamedTuple):
+    p20: float
+    p50: float
+    p80: float
+
+
+def percentiles(seconds: list[float]) -> Percentiles:
+    """The 20th, 50th and 80th percentile, interpolated linearly, in the unit of the input."""
+    ordered = torch.tensor(seconds, dtype=torch.float64)
+    return Percentiles(*torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
+
+
+def ratio(times: Times, name: str, baseline: str) -> float:
+    """Median over the rounds of ``times[name][r] / times[baseline][r]``."""
+    pairs = zip(times[name], times[baseline], strict=True)
+    return percentiles([own / other for own, other in pairs]).p50
+
+
+def _timer(device: str) -> Callable[[Callable[[], Any]], float]:
+    """A function that runs a call and gives its seconds: wall clock on the CPU, events on a GPU."""
+    if torch.device(device).type != "cuda":
+
+        def wall(call: Callable[[], Any]) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return wall
+
+    def events(call: Callable[[], Any]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return events
+
+
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, *, device: str = "cpu"
+) -> Times:
+    """Seconds of every call: `rounds` rounds in which each contender runs once, each round starting one further on.
+
+    Args:
+        contenders: name -> call without arguments. For cold caches a call takes other inputs each time.
+        rounds: timed rounds, at least 1.
+        warmup: rounds before them that are not counted.
+        device: "cuda" times with CUDA events, each call waited for.
+
+    The garbage collector stands still meanwhile.
+    """
+    if not contenders:
+        raise ValueError("contenders must have at least one entry, got none")
+    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    timed, names = _timer(device), list(contenders)
+    times: Times = {name: [] for name in names}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-warmup, rounds):
+            start = turn % len(names)
+            for name in names[start:] + names[:start]:
+                seconds = timed(contenders[name])
+                if turn >= 0:
+                    times[name].append(seconds)
+    finally:
+        if collecting:
+            gc.enable()
+    return times
+
+
+def _status(key: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def _peak(call: Callable[[], Any], device: str) -> int | None:
+    """Bytes that two calls need above what is held before; None where the system does not tell."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with contextlib.suppress(AttributeError, OSError):  # not glibc: freed memory may then hide a little
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the high-water mark, back to VmRSS
+        before = _status("VmRSS")
+        call()
+        call()
+        return max(0, _status("VmHWM") - before)
+    except (OSError, KeyError):
+        return None
+
+
+def _child() -> None:
+    """What `peak_memory` runs: build, measure, print one line of JSON."""
+    spec = json.loads(sys.argv[1])
+    torch.set_num_threads(spec["threads"])
+    module, name = spec["factory"].split(":")
+    factory, arguments = getattr(importlib.import_module(module), name), spec["arguments"]
+    if spec["warm"]:  # thread pool, BLAS, lazy imports
+        factory(**{**arguments, **spec["warm"]})()
+    call = factory(**arguments)
+    print(json.dumps({"peak": _peak(call, spec["device"])}))
+
+
+def peak_memory(
+    factory: str,
+    arguments: Mapping[str, Any],
+    *,
+    warm: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    timeout: float = 1800.0,
+) -> int | None:
+    """Peak memory of a call above the level before it, in bytes, measured in a fresh process.
+
+    Args:
+        factory: ``"module:function"``; called with `arguments` it builds the inputs and returns the call to measure.
+        arguments: keyword arguments, JSON values.
+        warm: arguments to change for a small call first, so that libraries and thread pools are there already.
+        device: "cuda" counts what torch allocates; on the CPU it is the high-water mark of resident memory (Linux).
+        threads: for ``torch.set_num_threads`` (default: as here).
+        timeout: seconds.
+
+    Memory that the call only reserves counts when it is first written: an output allocated by the factory but not
+    written there is part of the peak. Returns None where the system does not give the numbers.
+    """
+    spec = {"factory": factory, "arguments": dict(arguments), "warm": dict(warm or {}), "device": device}
+    spec["threads"] = threads or torch.get_num_threads()
+    code = f"from {__name__} import _child; _child()"
+    path = os.pathsep.join(p or os.getcwd() for p in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(spec)],
+        capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {factory} {dict(arguments)} failed:\n{done.stderr.strip()[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])["peak"]
+
+
+def contender(module: str, op: str, name: str, backend: str, **inputs: Any) -> Callable[[], Any]:
+    """The call of ``module.CONTENDERS[op][name]`` on `workloads.make_inputs(**inputs)`. A factory for `peak_memory`."""
+    from .workloads import make_inputs
+
+    build = importlib.import_module(module).CONTENDERS[op][name]
+    return build(make_inputs(**inputs), inputs["k"], backend)
+
+
+def rates(dtype: str = "float32", device: str = "cpu") -> tuple[float, float]:
+    """Rates of a square GEMM (flop/s) and of a large copy (bytes read + written a second), medians of 5."""
+    size, length = (1024, 2**27) if torch.device(device).type == "cpu" else (8192, 2**30)
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    out, source = torch.empty_like(a), torch.ones(length, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    probes = {"gemm": lambda: torch.mm(a, a.T, out=out), "copy": lambda: target.copy_(source)}
+    times = interleaved(probes, 5, 2, device=device)
+    return 2 * size**3 / percentiles(times["gemm"]).p50, 2 * length / percentiles(times["copy"]).p50
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """Rows of one run, and the seconds of every call behind them."""
+
+    rows: list[Row]
+    times: Times
+
+    def ratio(self, name: str, baseline: str) -> float:
+        return ratio(self.times, name, baseline)
+
+
+def measure(
+    op: str,
+    n: int,
+    d: int,
+    m: int,
+    k: int,
+    *,
+    names: list[str] | None = None,
+    baseline: str | None = None,
+    rivals: str | None = None,
+    backend: str | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 7,
+    warmup: int = 2,
+    batches: int = 3,
+    data: str | None = None,
+    memory: bool = True,
+    command: str | None = None,
+) -> Measurement:
+    """Time the contenders of `op` in turns on the same inputs.
+
+    Args:
+        op: one of `workloads.CONTENDERS`; n, d, m, k: the shape.
+        names: contenders to run (default: all); baseline: the one ratios are against (default: the op's own, if it runs).
+        rivals: name of a further module with a table CONTENDERS like that of `workloads`.
+        backend: backend of the fusae contenders (default: the first that can run every op in them on `device`).
+        rounds, warmup: as in `interleaved`; batches: how many inputs are rotated.
+        data: a ``.npy`` file of activations ``[rows, d]`` instead of planted inputs.
+        memory: measure peak memory as well: one more process for each contender.
+    """
+    from . import workloads
+
+    known = {name: (_WORKLOADS, build) for name, build in workloads.contenders(op).items()}
+    if rivals is not None:
+        table = importlib.import_module(rivals).CONTENDERS.get(op, {})
+        known.update({name: (rivals, build) for name, build in table.items()})
+    names = list(known) if names is None else names
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"names must be among {', '.join(map(repr, known))} for {op}, got {unknown}")
+    baseline = baseline or workloads.BASELINE[op]
+    backend = workloads.choose_backend(op, device, backend)
+    where = environment(device, command or shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]))
+    shape = {"n": n, "d": d, "m": m, "k": k}
+    arguments = {**shape, "dtype": dtype, "device": device, "data": data, "batches": batches}
+    with _threads(threads):
+        peaks: dict[str, int | None] = dict.fromkeys(names)
+        if memory:
+            for name in names:
+                spec = {"module": known[name][0], "op": op, "name": name, "backend": backend, **arguments}
+                warm = {**_WARM, "data": None}
+                peaks[name] = peak_memory(f"{__name__}:contender", spec, warm=warm, device=device)
+        inputs = workloads.make_inputs(**arguments)
+        gemm_rate, copy_rate = rates(dtype, device)
+        calls = {name: known[name][1](inputs, k, backend) for name in names}
+        times = interleaved(calls, rounds, warmup, device=device)
+        used_threads = torch.get_num_threads()
+    itemsize = inputs.W_enc.element_size()
+    if "gemm" in times:  # the rate at the very shape rather than that of a square
+        gemm_rate = workloads.cost("gemm", **shape, itemsize=itemsize)[0] / percentiles(times["gemm"]).p50
+    rows = []
+    for name in names:
+        flops, moved = workloads.cost("gemm" if name == "gemm" else op, **shape, itemsize=itemsize)
+        spread = percentiles(times[name])
+        ideal = max(flops / gemm_rate, 0 if name == "gemm" else moved / copy_rate)
+        rows.append(Row(
+            op=op, mode=workloads.MODE[op], name=name, backend=backend if name.startswith("fusae") else None,
+            shape=shape, dtype=dtype, threads=used_threads, rounds=rounds,
+            p20_ms=spread.p20 * 1e3, p50_ms=spread.p50 * 1e3, p80_ms=spread.p80 * 1e3,
+            baseline=baseline if baseline in times else None,
+            ratio=ratio(times, name, baseline) if baseline in times else None,
+            flops=flops, bytes=moved, tflops=flops / spread.p50 / 1e12, gbps=moved / spread.p50 / 1e9,
+            gemm_tflops=gemm_rate / 1e12, copy_gbps=copy_rate / 1e9, roofline=ideal / spread.p50,
+            peak_bytes=peaks[name], parameter_bytes=inputs.parameter_bytes,
+            data="planted" if data is None else Path(data).name, **where,
+        ))  # fmt: skip
+    return Measurement(rows, times)
+
+
+def train_step_rows(
+    n: int, d: int, m: int, k: int, rounds: int = 5, data: Tensor | str | Path | None = None, **options: Any
+) -> list[Row]:
+    """fusae's training step and the same step in plain torch, in turns: two rows, ratios against plain torch.
+
+    Args:
+        n, d, m, k: rows a step, width, latents, active a row.
+        rounds: timed steps of each.
+        data: activations ``[rows, d]`` with rows >= n, as a tensor or a ``.npy`` file; planted inputs by default.
+        **options: further options of `measure` (backend, dtype, device, threads, warmup, memory).
+    """
+    options = {"names": ["fusae", "plain torch"], "baseline": "plain torch", "rounds": rounds, **options}
+    if isinstance(data, Tensor):
+        import numpy
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "activations.npy"
+            numpy.save(path, data[: 3 * n].detach().float().cpu().numpy())
+            return measure("train_step", n, d, m, k, data=str(path), **options).rows
+    return measure("train_step", n, d, m, k, data=None if data is None else str(data), **options).rows

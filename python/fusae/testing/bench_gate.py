@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check before a number: no speed is reported for an op that is wrong."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codes import SparseCodes
+from ..ops import decode, encode_topk
+from . import workloads
+from .compare import assert_grads, assert_topk, assert_within_budget, selection_band
+
+# Small and odd: no size is a multiple of a vector or of a tile.
+_SHAPE = {"n": 37, "d": 21, "m": 203, "k": 5}
+_PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
+def _encode(inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
+    pre = exact.xs[0] @ exact.W_enc.T + exact.b_enc
+    wide = inputs.to(torch.promote_types(inputs.W_enc.dtype, torch.float32))
+    band = selection_band(wide.xs[0] @ wide.W_enc.T + wide.b_enc, pre, inputs.W_enc.dtype)
+    codes = encode_topk(inputs.xs[0], inputs.W_enc, inputs.b_enc, _SHAPE["k"], backend=backend)
+    assert_topk(pre, codes.values, codes.indices, _SHAPE["k"], activation="relu", band=band, what="encode_topk")
+
+
+def _decode(inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
+    codes = encode_topk(inputs.xs[0], inputs.W_enc, inputs.b_enc, _SHAPE["k"], backend="reference")
+    wide = SparseCodes(codes.values.double(), codes.indices, codes.m)
+    results = (
+        decode(codes, inputs.W_dec, inputs.b_dec, backend=backend),
+        decode(codes, inputs.W_dec, inputs.b_dec, backend="reference"),
+        decode(wide, exact.W_dec, exact.b_dec, backend="reference"),
+    )
+    assert_within_budget(*results, "decode")
+
+
+def _results(op: str, name: str, inputs: workloads.Inputs, backend: str, calls: int = 1) -> list[Tensor]:
+    call = workloads.CONTENDERS[op][name](inputs, _SHAPE["k"], backend)
+    for _ in range(calls):
+        result = call()
+    tensors = result if isinstance(result, tuple) else (result,)
+    return [t.to_dense() if t.layout == torch.sparse_coo else t for t in tensors]
+
+
+def _compare(op: str, inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
+    """Every fusae contender of `op` against float64; the same contender on the reference backend sets the budget."""
+    for name in workloads.CONTENDERS[op]:
+        if not name.startswith("fusae"):
+            continue
+        calls = 3 if op in ("adam_rows", "train_step") else 1
+        runs = [(inputs, backend), (inputs, "reference"), (exact, "reference")]
+        triples = zip(*(_results(op, name, data, on, calls) for data, on in runs), strict=True)
+        for what, triple in zip(_PARAMETERS, triples, strict=False):
+            if op == "backward":
+                assert_grads(*triple, f"{name}: gradient of {what}")
+            else:
+                assert_within_budget(*triple, f"{op}, {name}, after {calls} calls")
+    if op == "train_step":  # the step of the reference backend is itself the plain step
+        plain = _results(op, "plain torch", exact, "reference", 3)[0]
+        for name in (name for name in workloads.CONTENDERS[op] if name.startswith("fusae")):
+            torch.testing.assert_close(_results(op, name, exact, "reference", 3)[0], plain, rtol=1e-9, atol=0)
+
+
+def conform(op: str, backend: str, dtype: str = "float32", device: str = "cpu") -> None:
+    """Raise AssertionError unless `op` on `backend` is right on a small case: within twice the reference's own error.
+
+    For "train_step", all ops of the step are checked, then the loss after three steps.
+    """
+    workloads.contenders(op)
+    inputs = workloads.make_inputs(**_SHAPE, dtype=dtype, device=device, batches=2)
+    exact = inputs.to(torch.float64)
+    for each in ("encode_topk", "decode", "backward", "adam_rows", "train_step") if op == "train_step" else (op,):
+        if each == "encode_topk":
+            _encode(inputs, exact, backend)
+        elif each == "decode":
+            _decode(inputs, exact, backend)
+        else:
+            _compare(each, inputs, exact, backend)

@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the benchmarks run: inputs, the contenders of every op, their cost, and the check that must pass before any number.
+
+A contender is built once, ``build(inputs, k, backend) -> call``, and then called again and again without arguments; each call
+takes the next of the batches in `Inputs`, so no batch is warm in a cache from the call before, and all contenders of a
+round see the same one. Contenders of an op do the same work and return the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import _dispatch, reference
+from ..codes import SparseCodes
+from ..ops import adam_rows_, decode, encode_topk
+from ..optim import Adam
+
+LR = 1e-4
+Call = Callable[[], object]
+Build = Callable[["Inputs", int, str], Call]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Batches `xs` of ``[n, d]`` and a dictionary: W_enc, W_dec ``[m, d]``, b_enc ``[m]``, b_dec ``[d]``."""
+
+    xs: list[Tensor]
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
+    b_dec: Tensor
+
+    @property
+    def parameter_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.W_enc, self.b_enc, self.W_dec, self.b_dec))
+
+    def to(self, *args: object) -> Inputs:
+        """As ``torch.Tensor.to``, for every tensor."""
+        rest = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        return Inputs([x.to(*args) for x in self.xs], *(t.to(*args) for t in rest))
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
+
+
+def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) -> Inputs:
+    """Inputs with a known sparse structure, float32 on the CPU.
+
+    A dictionary D of m random unit rows; every x is a sum of k rows drawn with probability ∝ 1 / (rank + 10) (so that
+    some latents are busy and most are rare, as in trained dictionaries), with weights 0.5 + Exp(1), plus an offset shared
+    by all rows and Gaussian noise of length about 0.5. ``W_dec = D``; ``W_enc`` is D with as much noise again as a half-
+    trained encoder has; ``b_enc`` takes the offset out.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    W_dec = _unit(torch.randn(m, d, generator=generator))
+    W_enc = _unit(torch.randn(m, d, generator=generator).mul_(0.5 / d**0.5).add_(W_dec))
+    share = (torch.arange(m, dtype=torch.float64) + 10).reciprocal_().cumsum_(0)
+    latent_of_rank = torch.randperm(m, generator=generator)
+    offset = torch.randn(d, generator=generator) / d**0.5
+    xs = []
+    for _ in range(batches):
+        draw = torch.rand(n, k, generator=generator, dtype=torch.float64) * share[-1]
+        latents = latent_of_rank[torch.searchsorted(share, draw).clamp_(max=m - 1)]
+        weights = torch.empty(n, k).exponential_(generator=generator) + 0.5
+        x = F.embedding_bag(latents, W_dec, per_sample_weights=weights, mode="sum")
+        xs.append(x.add_(torch.randn(n, d, generator=generator), alpha=0.5 / d**0.5).add_(offset))
+    return Inputs(xs, W_enc, -(W_enc @ offset), W_dec, offset)
+
+
+def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, seed: int = 0) -> Inputs:
+    """Inputs from real activations, a ``.npy`` file ``[rows, d]``: up to `batches` batches of n consecutive rows.
+
+    The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``; b_dec is the mean of the
+    rows that were read and ``b_enc = -W_enc b_dec``.
+    """
+    import numpy
+
+    stored = numpy.load(path, mmap_mode="r")
+    if stored.ndim != 2 or stored.shape[1] != d or stored.dtype.kind != "f":
+        raise ValueError(f"{path}: must hold a float array [rows, {d}], got {list(stored.shape)} {stored.dtype}")
+    if stored.shape[0] < n:
+        raise ValueError(f"{path}: must have at least n = {n} rows, got {stored.shape[0]}; lower --n")
+    batches = min(batches, stored.shape[0] // n)
+    x = torch.from_numpy(numpy.array(stored[: n * batches], dtype=numpy.float32))
+    generator = torch.Generator().manual_seed(seed)
+    first, second = torch.randint(len(x), (2, m), generator=generator)
+    W = _unit(x[first].sub_(x[second]))
+    mean = x.mean(0)
+    return Inputs(list(x.split(n)), W, -(W @ mean), W.clone(), mean)
+
+
+def make_inputs(
+    n: int, d: int, m: int, k: int, dtype: str = "float32", device: str = "cpu", data: str | None = None, batches: int = 3
+) -> Inputs:
+    """`planted` inputs, or those of the file `data`, in `dtype` (a name in torch) on `device`."""
+    if not 1 <= k <= m:
+        raise ValueError(f"k must be between 1 and m = {m}, got {k}")
+    made = planted(n, d, m, k, batches=batches) if data is None else activations(data, n, d, m, batches=batches)
+    return made.to(torch.device(device), getattr(torch, dtype))
+
+
+def _over(xs: list, call: Callable) -> Call:
+    """A call without arguments that takes the next of `xs` each time, round and round."""
+    following = itertools.cycle(xs)
+    return lambda: call(next(following))
+
+
+def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = torch.topk(F.linear(x, W_enc, b_enc), k)
+    return values.relu(), indices
+
+
+def _codes(inputs: Inputs, k: int) -> list[SparseCodes]:
+    """Codes of every batch, a few rows at a time."""
+    made = []
+    for x in inputs.xs:
+        parts = [_select(rows, inputs.W_enc, inputs.b_enc, k) for rows in x.split(128)]
+        values, indices = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        made.append(SparseCodes(values, indices.to(torch.int32), inputs.W_enc.shape[0]))
+    return made
+
+
+def _gemm(inputs: Inputs, k: int, backend: str) -> Call:
+    """The encoder's matrix product alone, into memory that is already there."""
+    out = inputs.xs[0].new_empty(inputs.xs[0].shape[0], inputs.W_enc.shape[0])
+    return _over(inputs.xs, lambda x: torch.mm(x, inputs.W_enc.T, out=out))
+
+
+def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    def call(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = encode_topk(x, inputs.W_enc, inputs.b_enc, k, backend=backend)
+        return codes.values, codes.indices
+
+    return _over(inputs.xs, call)
+
+
+def _encode_torch(inputs: Inputs, k: int, backend: str) -> Call:
+    return _over(inputs.xs, lambda x: _select(x, inputs.W_enc, inputs.b_enc, k))
+
+
+def _decode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    return _over(_codes(inputs, k), lambda codes: decode(codes, inputs.W_dec, inputs.b_dec, backend=backend))
+
+
+def _decode_bag(inputs: Inputs, k: int, backend: str) -> Call:
+    return _over(_codes(inputs, k), lambda codes: _bag(codes.values, codes.indices, inputs.W_dec, inputs.b_dec))
+
+
+def _decode_dense(inputs: Inputs, k: int, backend: str) -> Call:
+    def call(codes: SparseCodes) -> Tensor:
+        return torch.addmm(inputs.b_dec, codes.to_dense(), inputs.W_dec)
+
+    return _over(_codes(inputs, k), call)
+
+
+def _bag(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+
+
+Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def forward_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
+    """A top-k autoencoder as one writes it in plain torch: dense codes by scatter, dense decoder."""
+    pre = F.linear(x, W_enc, b_enc)
+    values, indices = torch.topk(pre, k)
+    return torch.zeros_like(pre).scatter(1, indices, values.relu()) @ W_dec + b_dec
+
+
+def forward_bag(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
+    """The same with ``torch.nn.functional.embedding_bag`` as the decoder."""
+    values, indices = _select(x, W_enc, b_enc, k)
+    return _bag(values, indices, W_dec, b_dec)
+
+
+def _forward_fusae(backend: str, sparse_grad: bool) -> Forward:
+    def forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
+        codes = encode_topk(x, W_enc, b_enc, k, backend=backend, sparse_grad=sparse_grad)
+        return decode(codes, W_dec, b_dec, backend=backend, sparse_grad=sparse_grad)
+
+    return forward
+
+
+def _leaves(inputs: Inputs) -> list[Tensor]:
+    """Copies of the parameters that take gradients: W_enc, b_enc, W_dec, b_dec."""
+    made = (inputs.W_enc, inputs.b_enc, inputs.W_dec, inputs.b_dec)
+    return [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in made]
+
+
+def _backward(forward: Forward, inputs: Inputs, k: int) -> Call:
+    """The gradients of all parameters through a graph that is kept (one batch: the graph may hold ``[n, m]``)."""
+    leaves = _leaves(inputs)
+    y = forward(inputs.xs[0], *leaves, k)
+    grad = (2 / len(y)) * (y.detach() - inputs.xs[0])
+    return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
+
+
+def prime(optimizer: torch.optim.Optimizer) -> None:
+    """Have the optimiser make its moments now, by a step whose gradient is zero: nothing moves."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _adam_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    W, mean, square, grad = _adam_state(inputs)
+    step = itertools.count(1)
+
+    def call() -> Tensor:
+        adam_rows_(W, mean, square, grad, lr=LR, step=next(step), backend=backend)
+        return W
+
+    return call
+
+
+def _adam_state(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Parameter, moments (written once, so that the memory is there) and a dense gradient."""
+    W, dtype = inputs.W_dec.clone(), reference.accumulator(inputs.W_dec.dtype)
+    moments = (torch.empty_like(W, dtype=dtype).zero_() for _ in range(2))
+    return W, *moments, inputs.W_enc.clone()
+
+
+def _adam_torch(inputs: Inputs, k: int, backend: str) -> Call:
+    W, grad = inputs.W_dec.clone().requires_grad_(), inputs.W_enc.clone()
+    optimizer = torch.optim.Adam([W], lr=LR, fused=True)
+
+    def call() -> Tensor:
+        W.grad = grad
+        optimizer.step()
+        return W
+
+    return call
+
+
+def train_step(inputs: Inputs, loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Call:
+    """Forward, loss, backward, update; returns the loss. For contenders with their own modules as well."""
+
+    def call(x: Tensor) -> Tensor:
+        loss = loss_of(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return _over(inputs.xs, call)
+
+
+def squared_error(y: Tensor, x: Tensor) -> Tensor:
+    """Squared error summed over d, averaged over rows, in float32 or wider."""
+    return (y - x).to(reference.accumulator(x.dtype)).square().sum(-1).mean()
+
+
+def _train_torch(forward: Forward) -> Build:
+    def build(inputs: Inputs, k: int, backend: str) -> Call:
+        leaves = _leaves(inputs)
+        optimizer = torch.optim.Adam(leaves, lr=LR, fused=True)
+        prime(optimizer)
+        return train_step(inputs, lambda x: squared_error(forward(x, *leaves, k), x), optimizer)
+
+    return build
+
+
+def _train_ops(inputs: Inputs, k: int, backend: str) -> Call:
+    """The public ops alone: row-sparse gradients, dense-exact Adam."""
+    leaves = _leaves(inputs)
+    forward = _forward_fusae(backend, sparse_grad=True)
+    optimizer = Adam(leaves, lr=LR, backend=backend)
+    prime(optimizer)
+    return train_step(inputs, lambda x: squared_error(forward(x, *leaves, k), x), optimizer)
+
+
+#: op -> contender -> builder. The contenders whose name starts with "fusae" run on the backend they are given.
+CONTENDERS: dict[str, dict[str, Build]] = {
+    "encode_topk": {"gemm": _gemm, "fusae": _encode_fusae, "torch mm + topk": _encode_torch},
+    "decode": {"embedding_bag": _decode_bag, "fusae": _decode_fusae, "dense matmul": _decode_dense},
+    "backward": {
+        "plain torch": lambda inputs, k, backend: _backward(forward_dense, inputs, k),
+        "fusae": lambda inputs, k, backend: _backward(_forward_fusae(backend, False), inputs, k),
+        "fusae sparse_grad": lambda inputs, k, backend: _backward(_forward_fusae(backend, True), inputs, k),
+        "torch embedding_bag": lambda inputs, k, backend: _backward(forward_bag, inputs, k),
+    },
+    "adam_rows": {"torch Adam(fused)": _adam_torch, "fusae": _adam_fusae},
+    "train_step": {
+        "gemm": _gemm,
+        "fusae ops": _train_ops,
+        "plain torch": _train_torch(forward_dense),
+        "torch embedding_bag": _train_torch(forward_bag),
+    },
+}
+BASELINE = {op: next(iter(builders)) for op, builders in CONTENDERS.items()}
+MODE = {"encode_topk": "fwd", "decode": "fwd", "backward": "bwd", "adam_rows": "step", "train_step": "step"}
+_GRADIENTS = ("encode_topk_fwd", "decode_fwd", "encode_bwd", "decode_bwd")
+_RAW = {
+    "encode_topk": ("encode_topk_fwd",),
+    "decode": ("decode_fwd",),
+    "backward": _GRADIENTS,
+    "adam_rows": ("adam_rows_",),
+    "train_step": (*_GRADIENTS, "adam_rows_"),
+}
+
+
+def contenders(op: str) -> dict[str, Build]:
+    """The contenders of `op` in this package, the baseline first."""
+    if op not in CONTENDERS:
+        raise ValueError(f"op must be one of {', '.join(CONTENDERS)}, got {op!r}")
+    return CONTENDERS[op]
+
+
+def choose_backend(op: str, device: str = "cpu", wanted: str | None = None) -> str:
+    """The backend for the fusae contenders of `op`: `wanted` or `_dispatch.BackendError`, else the first that has all
+    raw ops."""
+    on_cpu = torch.device(device).type == "cpu"
+    fitting = [name for name in _dispatch.ORDER if name == "reference" or (name == "cpu") == on_cpu]
+    reasons = {}
+    for backend in [wanted] if wanted else fitting:
+        found = (_dispatch.why_not(raw, backend, static=True) for raw in _RAW[op])
+        reasons[backend] = next((reason for reason in found if reason), None)
+        if reasons[backend] is None:
+            return backend
+    told = "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
+    raise _dispatch.BackendError(f"no backend can run the benchmark {op} on {device}: {told}")
+
+
+def cost(op: str, n: int, d: int, m: int, k: int, itemsize: int) -> tuple[int, int]:
+    """Useful flops of an op, and the bytes it has to move at least: every operand once, no temporaries.
+
+    Gathers count every row of the dictionary that can be touched once, ``min(n k, m)``. A contender that does more work
+    (a dense decoder) is measured by the same useful work, so its rates are comparable.
+    """
+    rows, codes = min(n * k, m) * d * itemsize, n * k * (itemsize + 4)
+    x, matrix, moments = n * d * itemsize, m * d * itemsize, 16 * m * d
+    encode = 2 * n * m * d, x + matrix + m * itemsize + codes
+    sparse, adam = 2 * n * k * d, 12 * m * d
+    table = {
+        "gemm": (2 * n * m * d, x + matrix + n * m * itemsize),
+        "encode_topk": encode,
+        "decode": (sparse, rows + d * itemsize + codes + x),
+        "backward": (3 * sparse, rows + 2 * x + codes + 2 * matrix + (m + d) * itemsize),
+        "adam_rows": (adam, 3 * matrix + moments),
+        "train_step": (encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)),
+    }
+    return table[op]
