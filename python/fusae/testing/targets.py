@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What there is to test on this machine: every backend that can run, and every CPU instruction set it can run with."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from .. import _dispatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A backend, on the CPU with one of its instruction sets."""
+
+    backend: str
+    isa: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        on_gpu = self.backend in ("cuda", "triton") and torch.cuda.is_available()
+        return torch.device("cuda" if on_gpu else "cpu")
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Every fusae op inside runs on this target or raises."""
+        with contextlib.ExitStack() as stack:
+            if self.isa is not None:
+                from ..backends import cpu
+
+                stack.enter_context(cpu.force_isa(self.isa))
+            stack.enter_context(_dispatch.backend(self.backend))
+            yield
+
+    def __str__(self) -> str:
+        return self.backend if self.isa is None else f"{self.backend}.{self.isa}"
+
+
+def targets(*raw_ops: str) -> list[Target]:
+    """Targets that have all these raw ops on this machine, in the order of dispatch."""
+    found = []
+    for backend in _dispatch.ORDER:
+        if any(_dispatch.why_not(op, backend, static=True) is not None for op in raw_ops):
+            continue
+        if backend == "cpu":
+            from ..backends import cpu
+
+            found += [Target(backend, isa) for isa in cpu.isas()]
+        else:
+            found.append(Target(backend))
+    return found
+
+
+def left_out() -> dict[str, str]:
+    """Why a backend (or one of its raw ops) is not tested here: ``{"triton": reason, "cuda topk_fwd": reason}``."""
+    reasons = {}
+    for backend in _dispatch.ORDER:
+        missing = {op: _dispatch.why_not(op, backend, static=True) for op in _dispatch.ops()}
+        if len(set(missing.values())) == 1:
+            missing = {"": next(iter(missing.values()))}
+        reasons.update({f"{backend} {op}".strip(): why for op, why in missing.items() if why is not None})
+    return reasons

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeds, a fixed thread count, poisoned uninitialised memory, and a word on what is not tested on this machine."""
+
+import sys
+
+import pytest
+import torch
+
+from fusae.testing import left_out, targets
+
+POISON = {torch.uint8: 0xAB, torch.int8: -77, torch.int16: -31111, torch.int32: 2_100_000_011, torch.int64: 2**61 + 11}
+
+
+@pytest.fixture(autouse=True)
+def _fixed_start():
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+
+
+def _poisoned(allocate):
+    """`allocate` with its result filled with NaN (a large number for integers) when code of the package calls it."""
+
+    def wrapper(*args, **kwargs):
+        result = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.startswith("fusae.") and type(result) is torch.Tensor and result.device.type != "meta":
+            with torch.no_grad():
+                if result.is_floating_point():
+                    result.fill_(torch.nan)
+                elif result.dtype in POISON:
+                    result.fill_(POISON[result.dtype])
+        return result
+
+    return wrapper
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory(monkeypatch):
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+def pytest_report_header():
+    tested = ", ".join(map(str, targets()))
+    missing = [f"not tested here: {what} ({why})" for what, why in left_out().items()]
+    return [f"fusae targets: {tested}", *missing]

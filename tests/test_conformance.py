@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every case on every backend that can run here, on every CPU instruction set, in every dtype that the case is for."""
+
+import pytest
+import torch
+
+from fusae.testing import CASES, Case, Target, targets
+from fusae.testing.conformance import accepts, check_backward, check_forward
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+def _runs(*, backward: bool):
+    for case in CASES:
+        if backward and case.op == "adam_rows_":
+            continue
+        for target in targets(*case.raw_ops):
+            for dtype in case.dtypes:
+                yield pytest.param(case, target, dtype, id=f"{case}-{target}-{NAMES[dtype]}")
+
+
+@pytest.mark.parametrize(("case", "target", "dtype"), list(_runs(backward=False)))
+def test_forward(case: Case, target: Target, dtype: torch.dtype):
+    if accepts(case, target, dtype):
+        check_forward(case, target, dtype)
+
+
+@pytest.mark.parametrize(("case", "target", "dtype"), list(_runs(backward=True)))
+def test_backward(case: Case, target: Target, dtype: torch.dtype):
+    if accepts(case, target, dtype):
+        check_backward(case, target, dtype)
+
+
+def test_case_names_are_unique():
+    names = [str(case) for case in CASES]
+    assert len(set(names)) == len(names)
+
+
+def test_every_op_has_cases():
+    from fusae import _dispatch
+
+    assert {op for case in CASES for op in case.raw_ops} == set(_dispatch.ops())
