@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loss recovered and logit effects on tiny random models, against plain hook runs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fusae.eval import logit_effects, loss_recovered
+
+transformers = pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
+tokenizers = pytest.importorskip("tokenizers", reason="the extra 'lm' is not installed")
+MODULE, D, VOCABULARY = "model.layers.1", 32, 64
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.4, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=D, n_layer=3, n_head=4, n_positions=64, initializer_range=0.4, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def chunks():
+    return np.random.default_rng(0).integers(0, VOCABULARY, (10, 16)).astype(np.uint16)
+
+
+def hooked_loss(model, chunks, module, change):
+    """Cross-entropy with a forward hook that rewrites the module's output; one plain pass."""
+
+    def hook(_module, _args, output):
+        hidden = change((output[0] if isinstance(output, tuple) else output).clone())
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = model.get_submodule(module).register_forward_hook(hook)
+    ids = torch.from_numpy(chunks.astype(np.int64))
+    with torch.no_grad():
+        logits = model(ids).logits
+    handle.remove()
+    return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten()))
+
+
+def run(model, reconstruct, chunks, mean=None, module=MODULE, **options):
+    mean = torch.full((D,), 0.1) if mean is None else mean
+    return loss_recovered(model, module, reconstruct, chunks, mean, **{"batch_size": 4, "progress": False, **options})
+
+
+def test_identity_gives_the_original_loss(model, chunks):
+    result = run(model, lambda x: x, chunks)
+    assert result["patched"] == result["original"] and result["loss_recovered"] == 1.0
+    assert result["original"] == pytest.approx(hooked_loss(model, chunks, MODULE, lambda h: h), rel=1e-6)
+    assert result["tokens"] == 10 * 15
+    assert result["passed_through"] == {"first_positions": 20, "norm_outliers": 0}
+
+
+def test_the_mean_gives_the_mean_ablated_loss(model, chunks):
+    mean = torch.linspace(-1, 1, D)
+    result = run(model, lambda x: mean.expand_as(x), chunks, mean)
+    assert result["patched"] == result["mean_ablated"] != result["original"]
+    assert result["loss_recovered"] == 0.0
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("skip", [0, 2])
+def test_patching_equals_plain_hook_runs(make, skip, chunks):
+    """Also the blocks that are not computed again: GPT-2 blocks may return tuples, Llama's return tensors."""
+    model = make()
+    module = MODULE if make is llama else "transformer.h.1"
+    mean = torch.linspace(-1, 1, D)
+
+    def patched(hidden):
+        hidden[:, skip:] = hidden[:, skip:] * 0.5 + 0.2
+        return hidden
+
+    def ablated(hidden):
+        hidden[:, skip:] = mean
+        return hidden
+
+    result = run(
+        model, lambda x: x * 0.5 + 0.2, chunks, mean, module=module, skip_positions=skip, outlier_factor=None
+    )
+    expected = {
+        "original": hooked_loss(model, chunks, module, lambda h: h),
+        "patched": hooked_loss(model, chunks, module, patched),
+        "mean_ablated": hooked_loss(model, chunks, module, ablated),
+    }
+    for name, value in expected.items():
+        assert result[name] == pytest.approx(value, rel=1e-5), name
+    assert len({round(value, 3) for value in expected.values()}) == 3
+    share = (expected["mean_ablated"] - expected["patched"]) / (expected["mean_ablated"] - expected["original"])
+    assert result["loss_recovered"] == pytest.approx(share, rel=1e-3)
+    assert result["passed_through"]["first_positions"] == 10 * skip
+
+
+@pytest.mark.parametrize("module", ["model.layers.1.mlp", "model.norm", "model.layers.0"])
+def test_any_module_can_be_patched(model, chunks, module):
+    result = run(model, lambda x: x * 0.5, chunks, module=module, skip_positions=0, outlier_factor=None)
+    assert result["patched"] == pytest.approx(hooked_loss(model, chunks, module, lambda h: h * 0.5), rel=1e-5)
+
+
+def test_outliers_pass_through_and_are_counted(chunks):
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] *= 1000.0
+    sinks = chunks[:, 2:] == 7
+    seen = []
+
+    def reconstruct(x):
+        seen.append(x.norm(dim=1).max().item())
+        return torch.zeros_like(x)
+
+    result = run(model, reconstruct, chunks)
+    assert result["passed_through"]["norm_outliers"] == sinks.sum() > 0
+    limit = 3.0 * max(seen)
+    assert run(model, reconstruct, chunks, norm_limit=limit)["passed_through"] == result["passed_through"]
+    everything = run(model, reconstruct, chunks, outlier_factor=None)
+    assert everything["passed_through"]["norm_outliers"] == 0 and max(seen) > limit
+
+
+def test_blocks_before_the_module_run_once(model, chunks):
+    calls = {name: 0 for name in ("model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp")}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
+        )
+        for name in calls
+    ]
+    run(model, lambda x: x, chunks, batch_size=10)
+    for handle in handles:
+        handle.remove()
+    assert list(calls.values()) == [1, 1, 3]
+
+
+def test_the_model_is_left_as_it_was(model, chunks):
+    model = llama().train()
+
+    def fail(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, fail, chunks)
+    run(model, lambda x: x * 0.0, chunks)
+    assert model.training and all(m.training for m in model.modules())
+    assert not any("forward" in m.__dict__ or m._forward_hooks for m in model.modules())
+
+
+def test_no_effect_is_nan(model, chunks):
+    result = run(model, lambda x: x, chunks[:1, :2], skip_positions=1, outlier_factor=None)
+    # one prediction, made at position 0, which is passed through: ablation changes nothing
+    assert result["original"] == result["mean_ablated"] and math.isnan(result["loss_recovered"])
+
+
+def test_errors(model, chunks):
+    for options, error, says in (
+        ({"module": "model.layers.9"}, ValueError, "no submodule 'model.layers.9'"),
+        ({"mean": torch.zeros(D + 1)}, ValueError, "mean must have shape .32."),
+        ({"reconstruct": lambda x: x[:, :3]}, ValueError, "reconstruct must return a tensor of the shape it got"),
+        ({"reconstruct": lambda x: x * math.nan}, ValueError, "reconstruct returned NaN"),
+        ({"chunks": chunks[:, :1], "skip_positions": 0}, ValueError, "at least 2 positions"),
+        ({"chunks": chunks.tolist()}, TypeError, "chunks must be an integer array"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+    ):
+        arguments = {"model": model, "reconstruct": lambda x: x, "chunks": chunks, **options}
+        with pytest.raises(error, match=says):
+            run(**arguments)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tok = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
+    tok.decoder = tokenizers.decoders.ByteLevel()
+    return tok
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_logit_effects(make, tokenizer):
+    model = make()
+    norm = model.model.norm if make is llama else model.transformer.ln_f
+    with torch.no_grad():
+        norm.weight.uniform_(-1.0, 2.0)
+    rows = torch.randn(3, D)
+    effects = logit_effects(model, tokenizer, rows, top=5)
+    centred = rows if make is llama else rows - rows.mean(1, keepdim=True)
+    logits = (centred * norm.weight) @ model.lm_head.weight.T
+    text = [tokenizer.decode([i]) for i in range(VOCABULARY)]
+    for effect, logit in zip(effects, logits, strict=True):
+        order = logit.argsort(descending=True).tolist()
+        assert effect == {
+            "promoted": [text[i] for i in order[:5]],
+            "suppressed": [text[i] for i in order[: -5 - 1 : -1]],
+        }
+    with pytest.raises(ValueError, match="decoder_rows must have shape .r, 32."):
+        logit_effects(model, tokenizer, rows.T)
