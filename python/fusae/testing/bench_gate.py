@@ -17,10 +17,11 @@ _PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 
 def _encode(inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
-    pre = exact.xs[0] @ exact.W_enc.T + exact.b_enc
-    wide = inputs.to(torch.promote_types(inputs.W_enc.dtype, torch.float32))
-    band = selection_band(wide.xs[0] @ wide.W_enc.T + wide.b_enc, pre, inputs.W_enc.dtype)
-    codes = encode_topk(inputs.xs[0], inputs.W_enc, inputs.b_enc, _SHAPE["k"], backend=backend)
+    bias = inputs.bias
+    pre = exact.xs[0] @ exact.W_enc.T + bias.double()
+    wide = inputs.to(torch.promote_types(bias.dtype, torch.float32))
+    band = selection_band(wide.xs[0] @ wide.W_enc.T + bias.to(wide.W_enc.dtype), pre, bias.dtype)
+    codes = encode_topk(inputs.xs[0], inputs.W_enc, bias, _SHAPE["k"], backend=backend)
     assert_topk(pre, codes.values, codes.indices, _SHAPE["k"], activation="relu", band=band, what="encode_topk")
 
 

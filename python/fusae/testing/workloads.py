@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from .. import _dispatch, reference
 from ..codes import SparseCodes
+from ..nn import SparseCoder, SparseCoderConfig
 from ..ops import adam_rows_, decode, encode_topk
 from ..optim import Adam
 
@@ -29,13 +30,21 @@ Build = Callable[["Inputs", int, str], Call]
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Batches `xs` of ``[n, d]`` and a dictionary: W_enc, W_dec ``[m, d]``, b_enc ``[m]``, b_dec ``[d]``."""
+    """Batches `xs` of ``[n, d]`` and a sparse coder: W_enc, W_dec ``[m, d]``, b_enc ``[m]``, b_dec ``[d]``.
+
+    The pre-activations are ``W_enc (x - b_dec) + b_enc``, as in `fusae.nn.SparseCoder`.
+    """
 
     xs: list[Tensor]
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
     b_dec: Tensor
+
+    @property
+    def bias(self) -> Tensor:
+        """``b_enc - W_enc b_dec``: the bias of an encoder that takes x as it is."""
+        return self.b_enc - self.W_enc @ self.b_dec
 
     @property
     def parameter_bytes(self) -> int:
@@ -56,8 +65,8 @@ def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) 
 
     A dictionary D of m random unit rows; every x is a sum of k rows drawn with probability ∝ 1 / (rank + 10) (so that
     some latents are busy and most are rare, as in trained dictionaries), with weights 0.5 + Exp(1), plus an offset shared
-    by all rows and Gaussian noise of length about 0.5. ``W_dec = D``; ``W_enc`` is D with as much noise again as a half-
-    trained encoder has; ``b_enc`` takes the offset out.
+    by all rows and Gaussian noise of length about 0.5. ``W_dec = D``; ``W_enc`` is D with noise of half the
+    length of a row, normalised again; ``b_enc = 0``; b_dec is the offset.
     """
     generator = torch.Generator().manual_seed(seed)
     W_dec = _unit(torch.randn(m, d, generator=generator))
@@ -72,14 +81,14 @@ def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) 
         weights = torch.empty(n, k).exponential_(generator=generator) + 0.5
         x = F.embedding_bag(latents, W_dec, per_sample_weights=weights, mode="sum")
         xs.append(x.add_(torch.randn(n, d, generator=generator), alpha=0.5 / d**0.5).add_(offset))
-    return Inputs(xs, W_enc, -(W_enc @ offset), W_dec, offset)
+    return Inputs(xs, W_enc, torch.zeros(m), W_dec, offset)
 
 
 def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, seed: int = 0) -> Inputs:
     """Inputs from real activations, a ``.npy`` file ``[rows, d]``: up to `batches` batches of n consecutive rows.
 
-    The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``; b_dec is the mean of the
-    rows that were read and ``b_enc = -W_enc b_dec``.
+    The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``, ``b_enc = 0``; b_dec is the
+    mean of the rows that were read.
     """
     import numpy
 
@@ -93,8 +102,7 @@ def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, s
     generator = torch.Generator().manual_seed(seed)
     first, second = torch.randint(len(x), (2, m), generator=generator)
     W = _unit(x[first].sub_(x[second]))
-    mean = x.mean(0)
-    return Inputs(list(x.split(n)), W, -(W @ mean), W.clone(), mean)
+    return Inputs(list(x.split(n)), W, torch.zeros(m), W.clone(), x.mean(0))
 
 
 def make_inputs(
@@ -120,9 +128,9 @@ def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Te
 
 def _codes(inputs: Inputs, k: int) -> list[SparseCodes]:
     """Codes of every batch, a few rows at a time."""
-    made = []
+    made, bias = [], inputs.bias
     for x in inputs.xs:
-        parts = [_select(rows, inputs.W_enc, inputs.b_enc, k) for rows in x.split(128)]
+        parts = [_select(rows, inputs.W_enc, bias, k) for rows in x.split(128)]
         values, indices = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         made.append(SparseCodes(values, indices.to(torch.int32), inputs.W_enc.shape[0]))
     return made
@@ -135,15 +143,18 @@ def _gemm(inputs: Inputs, k: int, backend: str) -> Call:
 
 
 def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    bias = inputs.bias
+
     def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = encode_topk(x, inputs.W_enc, inputs.b_enc, k, backend=backend)
+        codes = encode_topk(x, inputs.W_enc, bias, k, backend=backend)
         return codes.values, codes.indices
 
     return _over(inputs.xs, call)
 
 
 def _encode_torch(inputs: Inputs, k: int, backend: str) -> Call:
-    return _over(inputs.xs, lambda x: _select(x, inputs.W_enc, inputs.b_enc, k))
+    bias = inputs.bias
+    return _over(inputs.xs, lambda x: _select(x, inputs.W_enc, bias, k))
 
 
 def _decode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
@@ -169,21 +180,25 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 def forward_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
-    """A top-k autoencoder as one writes it in plain torch: dense codes by scatter, dense decoder."""
-    pre = F.linear(x, W_enc, b_enc)
+    """A top-k autoencoder in plain torch: dense codes by scatter, dense decoder.
+
+    b_dec is taken out of the pre-activations by way of the bias: the same function as ``F.linear(x - b_dec, ...)``, which
+    would cost autograd one dense matrix product more.
+    """
+    pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)
     values, indices = torch.topk(pre, k)
     return torch.zeros_like(pre).scatter(1, indices, values.relu()) @ W_dec + b_dec
 
 
 def forward_bag(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
     """The same with ``torch.nn.functional.embedding_bag`` as the decoder."""
-    values, indices = _select(x, W_enc, b_enc, k)
+    values, indices = _select(x, W_enc, b_enc - W_enc @ b_dec, k)
     return _bag(values, indices, W_dec, b_dec)
 
 
 def _forward_fusae(backend: str, sparse_grad: bool) -> Forward:
     def forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
-        codes = encode_topk(x, W_enc, b_enc, k, backend=backend, sparse_grad=sparse_grad)
+        codes = encode_topk(x - b_dec, W_enc, b_enc, k, backend=backend, sparse_grad=sparse_grad)
         return decode(codes, W_dec, b_dec, backend=backend, sparse_grad=sparse_grad)
 
     return forward
@@ -279,6 +294,24 @@ def _train_ops(inputs: Inputs, k: int, backend: str) -> Call:
     return train_step(inputs, lambda x: squared_error(forward(x, *leaves, k), x), optimizer)
 
 
+def _train_coder(inputs: Inputs, k: int, backend: str) -> Call:
+    """What a user of the package runs: `fusae.nn.SparseCoder` and `fusae.optim.Adam`."""
+    m, d = inputs.W_enc.shape
+    config = SparseCoderConfig(d=d, m=m, k=k, dtype=str(inputs.W_enc.dtype).removeprefix("torch."))
+    coder = SparseCoder(config, seed=None, device=inputs.W_enc.device, sparse_grad=True)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(coder, name).copy_(getattr(inputs, name))
+    optimizer = Adam(coder.parameters(), lr=LR, backend=backend)
+    prime(optimizer)
+
+    def loss_of(x: Tensor) -> Tensor:
+        with _dispatch.backend(backend):
+            return coder.loss(x, variance=1.0).loss
+
+    return train_step(inputs, loss_of, optimizer)
+
+
 #: op -> contender -> builder. The contenders whose name starts with "fusae" run on the backend they are given.
 CONTENDERS: dict[str, dict[str, Build]] = {
     "encode_topk": {"gemm": _gemm, "fusae": _encode_fusae, "torch mm + topk": _encode_torch},
@@ -292,6 +325,7 @@ CONTENDERS: dict[str, dict[str, Build]] = {
     "adam_rows": {"torch Adam(fused)": _adam_torch, "fusae": _adam_fusae},
     "train_step": {
         "gemm": _gemm,
+        "fusae": _train_coder,
         "fusae ops": _train_ops,
         "plain torch": _train_torch(forward_dense),
         "torch embedding_bag": _train_torch(forward_bag),
