@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole state of a run in one file, written atomically: going on from it gives the same bits as never having stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..formats.native import FormatError, check_version, open_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+FORMAT, VERSION, NAME = "fusae.Trainer", 1, "checkpoint.safetensors"
+_WANTED = "the checkpoint of an unfinished run"
+
+
+def save(trainer: Trainer, path: Path) -> None:
+    """Weights, moments, counters, random state, place in the data, metrics of the unfinished log interval."""
+    moments = {
+        f"{name}.{key}": value
+        for name, param in trainer.coder.named_parameters()
+        for key, value in trainer.optimizer.state[param].items()
+        if isinstance(value, Tensor)
+    }
+    about = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": trainer.config.to_dict(),
+        "step": trainer.step,
+        "seconds": trainer.seconds,
+        "scale": trainer.scale,
+        "variance": trainer.variance,
+        "interval": trainer.interval,
+        "data": trainer.batches.state_dict(),
+    }
+    write_tensors(path, {**_tensors(trainer), **moments}, about)
+
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor of the state but the moments, to be written, or to be read into."""
+    return {
+        **{name: param.detach() for name, param in trainer.coder.named_parameters()},
+        "mean": trainer.mean,
+        "sums": trainer.sums,
+        "tokens_since_fired": trainer.dead.tokens_since_fired,
+        "rng_state": torch.get_rng_state(),
+    }
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a checkpoint says about itself; no tensor is read."""
+    _, about = open_tensors(path, _WANTED)
+    check_version(path, about, FORMAT, VERSION)
+    for field in ("config", "step", "seconds", "scale", "variance", "interval", "data"):
+        if field not in about:
+            raise FormatError(f"{path}: field {field!r} is missing")
+    return about
+
+
+def load_tensors(trainer: Trainer, path: Path) -> None:
+    """Read the tensors of a checkpoint into a trainer of the same configuration, and restore torch's random state.
+
+    Raises:
+        FormatError: a tensor is missing or of another shape or dtype; before any is changed.
+    """
+    file, about = open_tensors(path, _WANTED)
+    targets = _tensors(trainer)
+    step = about["step"]
+    for name, param in trainer.coder.named_parameters() if step else ():
+        state = trainer.optimizer._state_of(param)
+        state["step"] = step
+        targets.update({f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)})
+    present = set(file.keys())
+    for name, target in targets.items():
+        if name not in present:
+            raise FormatError(f"{path}: lacks the tensor {name!r}")
+        shape = list(file.get_slice(name).get_shape())
+        if shape != list(target.shape):
+            raise FormatError(f"{path}: {name} must have shape {list(target.shape)}, got {shape}")
+    rng_state = targets.pop("rng_state")
+    with torch.no_grad():
+        for name, target in targets.items():
+            stored = file.get_tensor(name)
+            if stored.dtype != target.dtype:
+                raise FormatError(f"{path}: {name} must be {target.dtype}, got {stored.dtype}")
+            target.copy_(stored)
+    rng_state.copy_(file.get_tensor("rng_state"))
+    torch.set_rng_state(rng_state)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`TrainConfig`: every choice of a training run, with its unit and default, readable from TOML or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .. import _fields
+
+
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The choices of a training run. Checked on construction; `resolve` fills in what is left to the data."""
+
+    m: int = dataclasses.field(metadata={"help": "latents (dictionary size)"})
+    k: int = _field(32, "latents active per token")
+    d: int | None = _field(None, "width of the activations; default: that of the data")
+    batch_size: int = _field(4096, "tokens per step")
+    epochs: int = _field(1, "passes over the data; not used where `tokens` is given")
+    tokens: int | None = _field(None, "tokens to train on, over as many passes as that takes; default: epochs x rows")
+    lr: float | None = _field(
+        None, "peak learning rate, of data scaled to unit variance; default: 2e-4 / sqrt(m / 2**14), the usual rule"
+    )
+    warmup_steps: int | None = _field(None, "steps of linear warm-up; default: 5 % of all steps, at most 1000")
+    decay: float = _field(0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0")
+    beta1: float = _field(0.9, "Adam's decay rate of the mean gradient")
+    beta2: float = _field(0.999, "Adam's decay rate of the mean squared gradient")
+    eps: float = _field(1e-8, "Adam's term in the denominator")
+    clip_norm: float | None = _field(None, "largest joint norm of all gradients; default: no clipping")
+    optimizer: str = _field(
+        "dense", "'dense': Adam, exactly; 'masked': a step changes only latents that fired in it (as SparseAdam)"
+    )
+    unit_decoder: bool = _field(True, "keep decoder rows at unit norm (gradient projected, rows renormalised each step)")
+    select_by_norm: bool = _field(False, "select latents by activation times decoder norm (for unit_decoder = false)")
+    k_aux: int | None = _field(None, "dead latents in the AuxK term; 0: no such term; default: d / 2, at most m")
+    aux_coefficient: float = _field(1 / 32, "weight of the AuxK term")
+    dead_window: int | None = _field(
+        None, "tokens without firing after which a latent is dead; default: 1/40 of all tokens, at most 10,000,000"
+    )
+    scale_input: bool = _field(
+        True, "train on data scaled so that their mean squared distance from the mean is 1; undone in the saved coder"
+    )
+    b_dec_init: str = _field("geometric_median", "centre that b_dec starts at: 'geometric_median', 'mean' or 'zero'")
+    init_rows: int = _field(32768, "rows, at most, from which centre and scale of the data are measured")
+    dtype: str = _field(
+        "float32", "'float32', 'float64', or 'bfloat16': computed in bfloat16, parameters and moments in float32"
+    )
+    device: str = _field("auto", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ...")
+    seed: int = _field(0, "of the initial weights and of the order of the data")
+    log_every: int = _field(10, "steps between two lines of metrics.jsonl")
+    checkpoint_every: int = _field(1000, "steps between two checkpoints; 0: only when the run is interrupted")
+
+    def __post_init__(self) -> None:
+        _fields.whole("m", self.m, 1, 2**31 - 1)
+        _fields.whole("k", self.k, 1, self.m, "m")
+        for name in ("batch_size", "epochs", "init_rows", "log_every"):
+            _fields.whole(name, getattr(self, name), 1)
+        for name in ("d", "tokens", "dead_window"):
+            if getattr(self, name) is not None:
+                _fields.whole(name, getattr(self, name), 1)
+        for name in ("seed", "checkpoint_every"):
+            _fields.whole(name, getattr(self, name))
+        if self.warmup_steps is not None:
+            _fields.whole("warmup_steps", self.warmup_steps)
+        if self.k_aux is not None:
+            _fields.whole("k_aux", self.k_aux, 0, self.m, "m")
+        for name in ("lr", "clip_norm"):
+            if getattr(self, name) is not None:
+                _fields.number(name, getattr(self, name), above=True)
+        for name in ("eps", "aux_coefficient"):
+            _fields.number(name, getattr(self, name))
+        for name in ("beta1", "beta2"):
+            _fields.number(name, getattr(self, name), 0.0, 1.0)
+        if _fields.number("decay", self.decay) > 1:
+            raise ValueError(f"decay must be between 0 and 1, a share of the steps, got {self.decay}")
+        for name in ("unit_decoder", "select_by_norm", "scale_input"):
+            _fields.flag(name, getattr(self, name))
+        _fields.choice("optimizer", self.optimizer, ("dense", "masked"))
+        _fields.choice("b_dec_init", self.b_dec_init, ("geometric_median", "mean", "zero"))
+        _fields.choice("dtype", self.dtype, ("float32", "float64", "bfloat16"))
+        if not isinstance(self.device, str):
+            raise TypeError(f"device must be a string, got {type(self.device).__name__}")
+
+    def resolve(self, d: int, tokens_per_epoch: int | None) -> TrainConfig:
+        """The same choices with every default that depends on the data filled in.
+
+        Args:
+            d: width of the data.
+            tokens_per_epoch: tokens in the whole batches of one pass, or None if the data cannot tell.
+
+        Raises:
+            ValueError: `d` is not that of the data; fewer tokens than one batch; no `tokens` where the data cannot tell.
+        """
+        if self.d is not None and self.d != d:
+            raise ValueError(f"d must be the width of the data, {d}, got {self.d}")
+        tokens = self.tokens
+        if tokens is None:
+            if tokens_per_epoch is None:
+                raise ValueError("tokens must be given: the data cannot tell how many rows they have")
+            tokens = self.epochs * tokens_per_epoch
+        steps = tokens // self.batch_size
+        if steps < 1:
+            raise ValueError(f"tokens must be at least batch_size = {self.batch_size}, got {tokens}")
+        tokens = steps * self.batch_size
+        default = {
+            "d": d,
+            "tokens": tokens,
+            "lr": 2e-4 / math.sqrt(self.m / 2**14),
+            "warmup_steps": min(1000, steps // 20),
+            "k_aux": min(max(1, d // 2), self.m),
+            "dead_window": min(10_000_000, max(1, tokens // 40)),
+        }
+        missing = {name: value for name, value in default.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **{**missing, "tokens": tokens})
+
+    @property
+    def steps(self) -> int:
+        """Steps of a resolved configuration."""
+        if self.tokens is None:
+            raise ValueError("steps are known once resolve(d, tokens_per_epoch) has been called")
+        return self.tokens // self.batch_size
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (from 1), of a resolved configuration: warm-up, plateau, linear decay."""
+        rise = step / self.warmup_steps if self.warmup_steps else 1.0
+        decay_steps = self.decay * self.steps
+        fall = (self.steps - step + 1) / decay_steps if decay_steps >= 1 else 1.0
+        return self.lr * min(1.0, rise, fall)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """From plain values; an unknown field is an error."""
+        _fields.known("a training configuration", values, [f.name for f in dataclasses.fields(cls)])
+        if "m" not in values:
+            raise ValueError("a training configuration needs m, the number of latents")
+        return cls(**{name: _as_float(name, value) for name, value in values.items()})
+
+    @classmethod
+    def read(cls, path: str | Path) -> TrainConfig:
+        """From a ``.toml`` or ``.json`` file. Errors name the file and the field."""
+        values = read_settings(path)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    def write(self, path: str | Path) -> Path:
+        """As TOML with every field explained; a field left to its data-dependent default is commented out."""
+        path = Path(path)
+        path.write_text(self.to_toml(), encoding="utf-8")
+        return path
+
+    def to_toml(self) -> str:
+        lines = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            lines.append(f"# {field.metadata['help']}")
+            lines.append(f"# {field.name} =" if value is None else f"{field.name} = {json.dumps(value)}")
+        return "\n".join(lines) + "\n"
+
+
+_FLOATS = {f.name for f in dataclasses.fields(TrainConfig) if "float" in f.type}
+
+TrainConfig.__doc__ += "\n\n    Attributes:\n" + "\n".join(
+    f"        {f.name}: {f.metadata['help']}."
+    + ("" if f.default in (None, dataclasses.MISSING) else f" Default: {f.default!r}.")
+    for f in dataclasses.fields(TrainConfig)
+)
+
+
+def _as_float(name: str, value: Any) -> Any:
+    """``lr = 1`` in a file is a whole number there and a float here."""
+    return float(value) if name in _FLOATS and isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The top-level table of a ``.toml`` or ``.json`` file."""
+    path = Path(path)
+    if path.suffix not in (".toml", ".json"):
+        raise ValueError(f"{path}: a configuration file must end in .toml or .json")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = json.loads(text) if path.suffix == ".json" else _toml().loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: must hold a table of fields, got {type(values).__name__}")
+    return values
+
+
+def _toml() -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    return tomllib

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop of a sparse coder."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.native import replacing, write_json
+from ..info import versions
+from ..nn import CoderLoss, DeadLatents, SparseCoder, SparseCoderConfig
+from ..optim import Adam
+from . import checkpoint
+from .config import TrainConfig
+from .progress import TrainingDisplay
+from .rows import describe, open_data
+
+CONFIG, METRICS, CODER = "config.json", "metrics.jsonl", "coder"
+# May differ between a run and its continuation: they do not change the result.
+_FREE = ("log_every", "checkpoint_every", "device")
+_SUMS = ("loss", "sse", "total", "active", "aux")
+
+
+class Trainer:
+    """Trains a `SparseCoder`; everything it needs to go on later is in one checkpoint.
+
+    Args:
+        config: a `TrainConfig`; None to resume with that of the checkpoint.
+        data: a tensor or array ``[n, d]``, a ``.npy`` path, a folder of activations, or an object with
+            ``batches(batch_size, seed, epochs)`` (an iterator of ``[n, d]`` batches with `state_dict` and `load_state_dict`) and
+            ``shape``.
+        run_dir: where config.json, metrics.jsonl, the checkpoint and the finished coder go; None writes nothing.
+        resume: go on from the checkpoint in `run_dir`.
+        overwrite: replace a run that is in `run_dir`.
+        show: progress on stderr.
+
+    Attributes:
+        coder: the coder in training, of inputs scaled by `scale`; `export()` gives it for plain inputs.
+        optimizer, dead, config (resolved), step (steps done), scale, mean (``[d]``, scaled), variance (scaled).
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: bad data or configuration, before any work.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig | None,
+        data: Any,
+        run_dir: str | Path | None = None,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        show: bool = True,
+    ) -> None:
+        self.run_dir = None if run_dir is None else Path(run_dir)
+        self.show = show
+        about = _prepare(self.run_dir, config, resume, overwrite)
+        if about is not None:
+            config = _merge(config, TrainConfig.from_dict(about["config"]))
+        self.source = open_data(data)
+        d = int(self.source.shape[1])
+        every = config.tokens is not None
+        self.batches = self.source.batches(config.batch_size, config.seed, None if every else config.epochs)
+        per_epoch = None if every else len(self.batches) // config.epochs * config.batch_size
+        self.config = config = config.resolve(d, per_epoch)
+        self.device = _device(config.device)
+        self.step, self.seconds = 0, 0.0
+        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
+        self.interval = {"steps": 0, "aux_steps": 0, "tokens": 0, "seconds": 0.0}
+        shape = SparseCoderConfig(
+            d, config.m, config.k, select_by_norm=config.select_by_norm, k_aux=config.k_aux,
+            dtype="float32" if config.dtype == "bfloat16" else config.dtype,
+        )  # fmt: skip
+        new = about is None
+        self.coder = SparseCoder(shape, seed=config.seed if new else None, device=self.device, sparse_grad=True)
+        self.optimizer = _optimizer(self.coder, config)
+        self.dead = DeadLatents(config.m, config.dead_window, self.device)
+        if new:
+            self._measure()
+        else:
+            self.mean = torch.zeros(d, dtype=shape.torch_dtype, device=self.device)
+            self.step, self.seconds, self.interval = about["step"], about["seconds"], about["interval"]
+            self.scale, self.variance = about["scale"], about["variance"]
+            self.batches.load_state_dict(about["data"])
+            checkpoint.load_tensors(self, self.run_dir / checkpoint.NAME)
+        if self.run_dir is not None:
+            _start_files(self.run_dir, self, self.step)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.step * self.config.batch_size
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.steps
+
+    def _measure(self) -> None:
+        """Centre, scale and variance of the data, from its first rows; sets `b_dec`."""
+        config, rows = self.config, []
+        for x in self.source.batches(config.batch_size, config.seed, 1):
+            rows.append(self._checked(x, "the first batches"))
+            if sum(len(r) for r in rows) >= config.init_rows:
+                break
+        dtype = self.coder.W_dec.dtype
+        x = torch.cat(rows)[: config.init_rows].to(self.device, dtype)
+        mean = x.mean(0, dtype=torch.float64).to(dtype)
+        variance = float((x - mean).square().sum(dtype=torch.float64)) / len(x)
+        if not variance > 0:
+            raise ValueError(f"data: the first {len(x)} rows are all the same: there is nothing to learn")
+        self.scale = 1 / math.sqrt(variance) if config.scale_input else 1.0
+        self.variance = variance * self.scale**2
+        self.mean = mean * self.scale
+        if config.b_dec_init != "zero":
+            self.coder.init_b_dec_(x * self.scale, config.b_dec_init)
+
+    def _checked(self, x: Tensor, where: str) -> Tensor:
+        d = self.config.d
+        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != d or x.shape[0] == 0:
+            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"data: {where}: a batch must have shape [n, {d}], got {shape}")
+        # A finite sum means finite values. Data that are on a GPU already are not read back; their loss is.
+        if not x.is_cuda and not torch.isfinite(x.sum()):
+            bad = (~torch.isfinite(x).all(1)).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"data: {where}: {len(bad)} of {len(x)} rows hold NaN or infinite values (the first is row "
+                    f"{int(bad[0])} of the batch); leave such rows out of the data"
+                )
+        return x
+
+    def train_step(self, x: Tensor) -> CoderLoss:
+        """One step on a batch ``[n, d]`` of unscaled rows: loss, gradients, optimiser, counters. No host sync on a GPU."""
+        config, coder = self.config, self.coder
+        x = x.to(self.device, coder.W_dec.dtype) * self.scale
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr_at(self.step + 1)
+        with self._autocast():
+            result = coder.loss(
+                x, self._dead_mask(), aux_coefficient=config.aux_coefficient, variance=self.variance
+            )
+        result.loss.backward()
+        if config.clip_norm is not None:
+            self.optimizer.clip_grad_norm_(config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.dead.update(result.codes)
+        self.step += 1
+        self._account(x, result)
+        return result
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
+
+    def _dead_mask(self) -> Tensor | None:
+        if self.config.k_aux == 0 or self.tokens < self.config.dead_window:
+            return None  # nothing can be dead yet
+        mask = self.dead.mask()
+        # Only where reading it costs nothing: an empty mask is fine, a second selection over it is wasted work.
+        return None if mask.device.type == "cpu" and not mask.any() else mask
+
+    @torch.no_grad()
+    def _account(self, x: Tensor, result: CoderLoss) -> None:
+        aux = result.aux
+        values = [
+            result.loss.detach(),
+            result.sse,
+            (x - self.mean).square().sum(),
+            (result.codes.values != 0).sum(),
+            torch.zeros_like(result.sse) if aux is None else aux,
+        ]
+        self.sums += torch.stack([v.to(self.sums.dtype) for v in values])
+        self.interval["steps"] += 1
+        self.interval["aux_steps"] += aux is not None
+        self.interval["tokens"] += x.shape[0]
+
+    def _row(self) -> dict[str, Any]:
+        """The metrics since the last row, for metrics.jsonl. Reads from the device once."""
+        now = self.interval
+        dead = (self.dead.mask().sum() if self.tokens >= self.config.dead_window else self.sums.new_zeros(())).double()
+        *sums, dead = torch.cat([self.sums, dead[None]]).tolist()
+        loss, sse, total, active, aux = sums
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss} in steps {self.step - now['steps'] + 1} to {self.step}: lower lr "
+                f"(now {self.config.lr:g}), set clip_norm, or look for extreme rows in the data"
+            )
+        row = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "loss": loss / now["steps"],
+            "fvu": sse / total,
+            "l0": active / now["tokens"],
+            "dead": int(dead),
+            "aux_loss": aux / now["aux_steps"] if now["aux_steps"] else None,
+            "lr": self.config.lr_at(self.step),
+            "tokens_per_s": round(now["tokens"] / max(now["seconds"], 1e-9), 1),
+        }
+        self.sums.zero_()
+        self.interval = {"steps": 0, "aux_steps": 0, "tokens": 0, "seconds": 0.0}
+        return row
+
+    def run(self, until: int | None = None, on_log: Callable[[dict[str, Any]], None] | None = None) -> SparseCoder:
+        """Train to the end, or to step `until`; Ctrl-C finishes the step, saves, and returns.
+
+        Args:
+            until: stop (and save a checkpoint) after this step.
+            on_log: called with every row of metrics.
+
+        Returns:
+            `export()`. When the run is finished it also lies in ``run_dir/coder`` and the checkpoint is removed.
+        """
+        config = self.config
+        goal = config.steps if until is None else min(until, config.steps)
+        with TrainingDisplay(self.show, config.tokens) as display, _interruptible() as stopped:
+            display.tokens(self.tokens)
+            while self.step < goal and not stopped.is_set():
+                start = time.perf_counter()
+                self.train_step(self._next())
+                display.tokens(self.tokens)
+                logging = self.step % config.log_every == 0 or self.step == config.steps
+                row = self._row_timed(start) if logging else self._timed(start)
+                if row is not None:
+                    self._log(row)
+                    display.metrics(row, last=self.step == config.steps)
+                    if on_log is not None:
+                        on_log(row)
+                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < goal:
+                    self.save_checkpoint()
+            if self.run_dir is None:
+                pass
+            elif self.finished:
+                self.export().save(self.run_dir / CODER)
+                (self.run_dir / checkpoint.NAME).unlink(missing_ok=True)
+                display.say(f"done: {self.run_dir / CODER}")
+            else:
+                self.save_checkpoint()
+                display.say(
+                    f"stopped after step {self.step:,} of {config.steps:,}; saved. To go on: "
+                    f"fusae train --resume {self.run_dir}"
+                )
+        return self.export()
+
+    def _next(self) -> Tensor:
+        try:
+            x = next(self.batches)
+        except StopIteration:
+            raise ValueError(
+                f"data: ended after step {self.step} of {self.config.steps}; take fewer tokens or more epochs"
+            ) from None
+        x = self._checked(x, f"step {self.step + 1}")
+        if x.shape[0] != self.config.batch_size:
+            raise ValueError(
+                f"data: step {self.step + 1}: a batch must have batch_size = {self.config.batch_size} rows, got {x.shape[0]}"
+            )
+        return x
+
+    def _timed(self, start: float) -> None:
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        self.interval["seconds"] += elapsed
+
+    def _row_timed(self, start: float) -> dict[str, Any]:
+        if self.device.type == "cuda":  # the row waits for the device anyway; so its time is in the row
+            torch.cuda.synchronize(self.device)
+        self._timed(start)
+        return self._row()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if self.run_dir is not None:
+            with open(self.run_dir / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def save_checkpoint(self) -> Path:
+        """Write the whole state to ``run_dir/checkpoint.safetensors``, atomically."""
+        if self.run_dir is None:
+            raise ValueError("save_checkpoint needs a run_dir; this trainer was made without one")
+        checkpoint.save(self, self.run_dir / checkpoint.NAME)
+        return self.run_dir / checkpoint.NAME
+
+    def export(self) -> SparseCoder:
+        """The coder of plain inputs: the input scale folded into the biases. Shares the two weight matrices."""
+        coder = copy.copy(self.coder)
+        coder._parameters = dict(self.coder._parameters)
+        coder.b_enc = nn.Parameter(self.coder.b_enc.detach().clone())
+        coder.b_dec = nn.Parameter(self.coder.b_dec.detach().clone())
+        coder.sparse_grad = False
+        return coder.fold_input_scale_(self.scale)
+
+
+def _optimizer(coder: SparseCoder, config: TrainConfig) -> Adam:
+    masked = config.optimizer == "masked"
+    unit = config.unit_decoder
+    groups = [
+        {"params": [coder.W_enc], "masked": masked},
+        {"params": [coder.W_dec], "masked": masked, "project": unit, "renormalise": unit},
+        {"params": [coder.b_enc, coder.b_dec]},
+    ]
+    return Adam(groups, config.lr, (config.beta1, config.beta2), config.eps)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no GPU here; use 'cpu' or 'auto'")
+    return device
+
+
+def _prepare(
+    run_dir: Path | None, config: TrainConfig | None, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
+    """What the checkpoint to resume says, or None for a new run, whose directory is then free."""
+    if config is not None and not isinstance(config, TrainConfig):
+        raise TypeError(f"config must be a fusae.train.TrainConfig, got {type(config).__name__}")
+    if resume:
+        if run_dir is None:
+            raise ValueError("resume needs a run_dir")
+        if (run_dir / CODER).exists() and not (run_dir / checkpoint.NAME).exists():
+            raise ValueError(f"run_dir: the run in {run_dir} is finished: {run_dir / CODER} holds its coder")
+        return checkpoint.read_about(run_dir / checkpoint.NAME)
+    if config is None:
+        raise ValueError("config must be given for a new run")
+    if run_dir is not None:
+        present = [name for name in (CONFIG, METRICS, checkpoint.NAME, CODER) if (run_dir / name).exists()]
+        if present and not overwrite:
+            raise FileExistsError(
+                f"run_dir: {run_dir} holds a run ({', '.join(present)}); resume it, overwrite it, or take another folder"
+            )
+    return None
+
+
+def _merge(given: TrainConfig | None, stored: TrainConfig) -> TrainConfig:
+    """The stored configuration with the given free choices; anything else given must agree with it."""
+    if given is None:
+        return stored
+    for field in dataclasses.fields(TrainConfig):
+        mine, theirs = getattr(given, field.name), getattr(stored, field.name)
+        derived = mine is None or (field.name == "tokens" and mine // stored.batch_size * stored.batch_size == theirs)
+        if field.name not in _FREE and not derived and mine != theirs:
+            raise ValueError(f"{field.name} is {mine!r}, the run to resume has {theirs!r}; start a new run to change it")
+    return dataclasses.replace(stored, **{name: getattr(given, name) for name in _FREE})
+
+
+def _start_files(run_dir: Path, trainer: Trainer, step: int) -> None:
+    """config.json, and metrics.jsonl cut back to the rows up to `step` (a crash may have logged beyond its checkpoint)."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if step == 0:
+        for name in (checkpoint.NAME, f"{CODER}/coder.json", f"{CODER}/coder.safetensors"):
+            (run_dir / name).unlink(missing_ok=True)
+        about = {
+            "train": trainer.config.to_dict(),
+            "data": describe(trainer.source),
+            "input_scale": trainer.scale,
+            "versions": versions(),
+        }
+        write_json(run_dir / CONFIG, about)
+    metrics = run_dir / METRICS
+    kept = []
+    if step and metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut short by a crash
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+    with replacing(metrics) as scratch:
+        scratch.write_text("".join(kept), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once. Main thread only."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, frame: Any) -> None:
+        if event.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        event.set()
+        os.write(2, b"\nstopping after this step (again to stop at once, without saving)\n")
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
