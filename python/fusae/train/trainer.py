@@ -5,32 +5,25 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import json
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..formats.native import replacing, write_json
-from ..info import versions
 from ..nn import CoderLoss, DeadLatents, SparseCoder, SparseCoderConfig
 from ..optim import Adam
 from . import checkpoint
 from .config import TrainConfig
+from .interrupt import interruptible
 from .progress import TrainingDisplay
-from .rows import describe, open_data
+from .rows import open_data
+from .run_dir import CODER, METRICS, merge, prepare, start_files
 
-CONFIG, METRICS, CODER = "config.json", "metrics.jsonl", "coder"
-# May differ between a run and its continuation: they do not change the result.
-_FREE = ("log_every", "checkpoint_every", "device")
 _SUMS = ("loss", "sse", "total", "active", "aux")
 
 
@@ -67,9 +60,9 @@ class Trainer:
     ) -> None:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.show = show
-        about = _prepare(self.run_dir, config, resume, overwrite)
+        about = prepare(self.run_dir, config, resume, overwrite)
         if about is not None:
-            config = _merge(config, TrainConfig.from_dict(about["config"]))
+            config = merge(config, TrainConfig.from_dict(about["config"]))
         self.source = open_data(data)
         d = int(self.source.shape[1])
         every = config.tokens is not None
@@ -97,7 +90,7 @@ class Trainer:
             self.batches.load_state_dict(about["data"])
             checkpoint.load_tensors(self, self.run_dir / checkpoint.NAME)
         if self.run_dir is not None:
-            _start_files(self.run_dir, self, self.step)
+            start_files(self)
 
     @property
     def tokens(self) -> int:
@@ -226,7 +219,7 @@ class Trainer:
         """
         config = self.config
         goal = config.steps if until is None else min(until, config.steps)
-        with TrainingDisplay(self.show, config.tokens) as display, _interruptible() as stopped:
+        with TrainingDisplay(self.show, config.tokens) as display, interruptible() as stopped:
             display.tokens(self.tokens)
             while self.step < goal and not stopped.is_set():
                 start = time.perf_counter()
@@ -323,86 +316,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {name!r}, but torch sees no GPU here; use 'cpu' or 'auto'")
     return device
-
-
-def _prepare(
-    run_dir: Path | None, config: TrainConfig | None, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
-    """What the checkpoint to resume says, or None for a new run, whose directory is then free."""
-    if config is not None and not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a fusae.train.TrainConfig, got {type(config).__name__}")
-    if resume:
-        if run_dir is None:
-            raise ValueError("resume needs a run_dir")
-        if (run_dir / CODER).exists() and not (run_dir / checkpoint.NAME).exists():
-            raise ValueError(f"run_dir: the run in {run_dir} is finished: {run_dir / CODER} holds its coder")
-        return checkpoint.read_about(run_dir / checkpoint.NAME)
-    if config is None:
-        raise ValueError("config must be given for a new run")
-    if run_dir is not None:
-        present = [name for name in (CONFIG, METRICS, checkpoint.NAME, CODER) if (run_dir / name).exists()]
-        if present and not overwrite:
-            raise FileExistsError(
-                f"run_dir: {run_dir} holds a run ({', '.join(present)}); resume it, overwrite it, or take another folder"
-            )
-    return None
-
-
-def _merge(given: TrainConfig | None, stored: TrainConfig) -> TrainConfig:
-    """The stored configuration with the given free choices; anything else given must agree with it."""
-    if given is None:
-        return stored
-    for field in dataclasses.fields(TrainConfig):
-        mine, theirs = getattr(given, field.name), getattr(stored, field.name)
-        derived = mine is None or (field.name == "tokens" and mine // stored.batch_size * stored.batch_size == theirs)
-        if field.name not in _FREE and not derived and mine != theirs:
-            raise ValueError(f"{field.name} is {mine!r}, the run to resume has {theirs!r}; start a new run to change it")
-    return dataclasses.replace(stored, **{name: getattr(given, name) for name in _FREE})
-
-
-def _start_files(run_dir: Path, trainer: Trainer, step: int) -> None:
-    """config.json, and metrics.jsonl cut back to the rows up to `step` (a crash may have logged beyond its checkpoint)."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    if step == 0:
-        for name in (checkpoint.NAME, f"{CODER}/coder.json", f"{CODER}/coder.safetensors"):
-            (run_dir / name).unlink(missing_ok=True)
-        about = {
-            "train": trainer.config.to_dict(),
-            "data": describe(trainer.source),
-            "input_scale": trainer.scale,
-            "versions": versions(),
-        }
-        write_json(run_dir / CONFIG, about)
-    metrics = run_dir / METRICS
-    kept = []
-    if step and metrics.exists():
-        for line in metrics.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line cut short by a crash
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-    with replacing(metrics) as scratch:
-        scratch.write_text("".join(kept), encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once. Main thread only."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, frame: Any) -> None:
-        if event.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        event.set()
-        os.write(2, b"\nstopping after this step (again to stop at once, without saving)\n")
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
