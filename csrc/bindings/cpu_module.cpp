@@ -55,6 +55,16 @@ void select_finish(const State& state, int64_t n, int64_t m, uintptr_t norms, ui
   cpu::active().select_finish(args);
 }
 
+void encode_select(uintptr_t x, int64_t x_stride, int64_t x_step, uintptr_t weight, int64_t w_stride, int64_t w_step,
+                   int dtype, int64_t n, int64_t d, int64_t m, uintptr_t bias, uintptr_t norms, uintptr_t mask,
+                   bool magnitude, const State& main, const State& aux, int threads) {
+  const EncodeSelectArgs args{ptr<void>(x), x_stride, x_step, ptr<void>(weight), w_stride, w_step,
+                              static_cast<DType>(dtype), n, d, m, ptr<float>(bias), ptr<float>(norms),
+                              ptr<uint8_t>(mask), magnitude, state_of(main), state_of(aux), threads};
+  const py::gil_scoped_release release;
+  cpu::active().encode_select(args);
+}
+
 void decode(const CodesTuple& codes, uintptr_t weight, uintptr_t bias, uintptr_t out, int dtype, int64_t m, int64_t d,
             int threads) {
   const py::gil_scoped_release release;
@@ -102,8 +112,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("runnable", [](const std::string& name) { return cpu::runnable(name.c_str()); });
   m.def("set_isa", [](const std::string& name) { return cpu::set_active(name.c_str()); },
         "False, and no change, when the set is not compiled in or cannot run here");
+  m.def("is_intel", &cpu::is_intel);
   m.def("select_tile", &select_tile);
   m.def("select_finish", &select_finish);
+  m.def("encode_select", &encode_select);
   m.def("decode", &decode);
   m.def("by_latent", &by_latent);
   m.def("latent_pass", &latent_pass);

@@ -57,6 +57,14 @@ bool runnable(const char* name) {
   return t && runs(*t);
 }
 
+bool is_intel() {
+#if defined(__x86_64__)
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 bool set_active(const char* name) {
   const Table* t = find(name);
   if (!t || !runs(*t)) return false;

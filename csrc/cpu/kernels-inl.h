@@ -20,6 +20,7 @@ namespace {
 #include "cpu/simd.h"
 #include "cpu/elements-inl.h"
 #include "cpu/topk-inl.h"
+#include "cpu/encode_topk-inl.h"
 #include "cpu/decode-inl.h"
 #include "cpu/latent_pass-inl.h"
 #include "cpu/adam_rows-inl.h"
@@ -27,7 +28,7 @@ namespace {
 
 extern const Table table;
 const Table table = {
-    FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, decode, by_latent, latent_pass, adam_rows,
+    FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, encode_select, decode, by_latent, latent_pass, adam_rows,
 };
 
 }  // namespace fusae::cpu::FUSAE_ISA

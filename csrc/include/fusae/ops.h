@@ -36,6 +36,22 @@ struct SelectTileArgs {
   int32_t threads;
 };
 
+// The same selection, of products x·weightᵀ that never leave the registers. Strides are of rows, steps of columns.
+struct EncodeSelectArgs {
+  const void* x;  // [n, d]
+  int64_t x_stride, x_step;
+  const void* weight;  // [m, d]
+  int64_t w_stride, w_step;
+  DType dtype;  // of x and weight
+  int64_t n, d, m;
+  const float* bias;    // [m] or null
+  const float* norms;   // [m] or null
+  const uint8_t* mask;  // [m] or null: for `aux`
+  bool magnitude;
+  SelectState main, aux;  // as in SelectTileArgs
+  int32_t threads;
+};
+
 // Sorts the candidates of every row, applies the activation, rounds and writes the codes.
 struct SelectFinishArgs {
   SelectState state;
@@ -125,6 +141,7 @@ struct Table {
   const char* name;
   void (*select_tile)(const SelectTileArgs&);
   void (*select_finish)(const SelectFinishArgs&);
+  void (*encode_select)(const EncodeSelectArgs&);
   void (*decode)(const DecodeArgs&);
   void (*by_latent)(const ByLatentArgs&);
   void (*latent_pass)(const LatentPassArgs&);
@@ -135,6 +152,7 @@ const Table& active();
 // Name of every instruction set compiled in, best first; nullptr past the end.
 const char* compiled(int i);
 bool runnable(const char* name);
+bool is_intel();
 // False when the name is not compiled in or this processor cannot run it; nothing changes then.
 bool set_active(const char* name);
 

@@ -112,6 +112,30 @@ def _row_block(n: int, *widths: int) -> int:
     return max(1, min(n, _ROWS, _STATE_BYTES // (8 * sum(map(_capacity, widths)))))
 
 
+_gemm = "auto"
+
+
+@contextlib.contextmanager
+def force_gemm(name: str) -> Iterator[None]:
+    """Take the products of `encode_topk` from 'native' (fused with the selection) or 'torch' in a ``with`` block."""
+    global _gemm
+    if name not in ("auto", "native", "torch"):
+        raise ValueError(f"GEMM must be 'auto', 'native' or 'torch', got {name!r}")
+    before, _gemm = _gemm, name
+    try:
+        yield
+    finally:
+        _gemm = before
+
+
+def _use_native_gemm(n: int) -> bool:
+    """Whether the fused GEMM is the faster one: MKL, torch's library, is tuned for Intel's processors and leaves a third
+    of an AMD core unused; few rows do not pay for packing W."""
+    if _gemm != "auto":
+        return _gemm == "native"
+    return n >= 128 and _C.isa() != "generic" and not _C.is_intel()
+
+
 def topk_fwd(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     n, m = pre.shape
     if pre.stride(1) != 1:
@@ -159,20 +183,29 @@ def encode_topk_fwd(
     out = [(x.new_empty(n, w), torch.empty(n, w, dtype=torch.int32)) for w in (k, k_aux)]
     rows = _row_block(n, *widths)
     selections = [_Selection(w, rows) for w in widths]
-    tile = torch.empty(rows * min(m, _TILE), dtype=torch.float32)
+    states = [selection.state() for selection in selections]
+    aux_state = states[1] if k_aux else _NO_SELECTION
+    native = _use_native_gemm(n)
+    tile = torch.empty(0 if native else rows * min(m, _TILE), dtype=torch.float32)
     for i in range(0, n, rows):
-        block = x[i : i + rows].float()
+        block = x[i : i + rows]
         for selection in selections:
             selection.reset()
-        states = [selection.state() for selection in selections]
-        for j in range(0, m, _TILE):
-            weight = W_enc[j : j + _TILE].float()
-            size = (len(block), len(weight))
-            products = torch.mm(block, weight.T, out=tile[: size[0] * size[1]].view(size))
-            _C.select_tile(
-                _ptr(products), 0, size[1], *size, j, _offset(bias, j), _offset(norms, j), _offset(mask, j), magnitude,
-                states[0], states[1] if k_aux else _NO_SELECTION, threads,
+        if native:
+            _C.encode_select(
+                _ptr(block), *x.stride(), _ptr(W_enc), *W_enc.stride(), _DTYPES[x.dtype], len(block), d, m, _ptr(bias),
+                _ptr(norms), _ptr(mask), magnitude, states[0], aux_state, threads,
             )  # fmt: skip
+        else:
+            block = block.float()
+            for j in range(0, m, _TILE):
+                weight = W_enc[j : j + _TILE].float()
+                size = (len(block), len(weight))
+                products = torch.mm(block, weight.T, out=tile[: size[0] * size[1]].view(size))
+                _C.select_tile(
+                    _ptr(products), 0, size[1], *size, j, _offset(bias, j), _offset(norms, j), _offset(mask, j),
+                    magnitude, states[0], aux_state, threads,
+                )  # fmt: skip
         for state, filler, width, (values, indices) in zip(states, (None, mask), widths, out, strict=False):
             _C.select_finish(
                 state, len(block), m, _ptr(norms), _ptr(filler), magnitude, relu, _offset(values, i * width),

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// GEMM with the selection in its epilogue: a tile of products is compared with its rows' thresholds while it is still in
+// registers, so that no pre-activation that fails is ever stored.
+//
+// Both operands are packed k-major in float: x in panels of MR rows, W in panels of NR latents. A slab of latents is
+// packed by all threads, then every thread takes groups of rows through it. Latents reach a row in ascending order, and a
+// product is always the same chain of sums over d, so nothing depends on threads or grouping.
+
+#if defined(__AVX512F__)
+constexpr int MR = 14;  // 14 x 2 vectors of sums, 2 of W, 1 of x: 31 of the 32 registers
+#elif defined(__AVX2__)
+constexpr int MR = 6;   // 12 + 2 + 1 of 16
+#else
+constexpr int MR = 2;
+#endif
+constexpr int64_t NR = 2 * N;
+constexpr int64_t SLAB = 2048;  // latents packed together: a multiple of BLOCK
+constexpr int64_t DEPTH = 512;  // length of one chain of sums over d; partial sums are then added up
+
+// Packs `count` rows of src (row r at src + r * stride) as dst[j * width + r], zero rows up to width.
+template <class T>
+inline void pack(float* dst, const T* src, int64_t stride, int64_t step, int64_t count, int64_t width, int64_t d) {
+  if (count < width) std::memset(dst, 0, static_cast<size_t>(width * d) * sizeof(float));
+  if (step == 1) {
+    for (int64_t r = 0; r < count; ++r) {
+      const T* row = src + r * stride;
+      for (int64_t j = 0; j < d; ++j) dst[j * width + r] = get(row + j);
+    }
+  } else {  // a transposed view: neighbouring rows are neighbours in memory
+    for (int64_t j = 0; j < d; ++j) {
+      for (int64_t r = 0; r < count; ++r) dst[j * width + r] = get(src + r * stride + j * step);
+    }
+  }
+}
+
+// Products of one panel of rows and one panel of latents, in registers at the end of the last chain.
+inline void multiply(V (&c)[MR][2], const float* x, const float* w, int64_t d) {
+  alignas(64) float partial[MR][2][N];
+  for (int64_t begin = 0; begin < d; begin += DEPTH) {
+    const int64_t end = begin + DEPTH < d ? begin + DEPTH : d;
+    for (int i = 0; i < MR; ++i) c[i][0] = c[i][1] = zero();
+    for (int64_t j = begin; j < end; ++j) {
+      const V w0 = load(w + j * NR), w1 = load(w + j * NR + N);
+      __builtin_prefetch(w + (j + 8) * NR);
+      __builtin_prefetch(w + (j + 8) * NR + N);
+#pragma GCC unroll 14
+      for (int i = 0; i < MR; ++i) {
+        const V xi = set1(x[j * MR + i]);
+        c[i][0] = fma(xi, w0, c[i][0]);
+        c[i][1] = fma(xi, w1, c[i][1]);
+      }
+    }
+    if (begin > 0) {
+      for (int i = 0; i < MR; ++i) {
+        c[i][0] = add(load(partial[i][0]), c[i][0]);
+        c[i][1] = add(load(partial[i][1]), c[i][1]);
+      }
+    }
+    if (end < d) {
+      for (int i = 0; i < MR; ++i) {
+        store(partial[i][0], c[i][0]);
+        store(partial[i][1], c[i][1]);
+      }
+    }
+  }
+}
+
+// One panel of latents as the epilogue needs it.
+struct Columns {
+  int64_t first;
+  uint32_t valid, masked;  // bits of the latents that exist, and of those that `aux` may select
+  const float *bias, *norms;
+  bool magnitude;
+};
+
+inline void admit(const SelectState& s, int64_t row, V v, uint32_t bits, int64_t first) {
+  if (!bits) return;
+  const int64_t at = row * s.cap + s.count[row];
+  append(s.pre + at, s.idx + at, v, static_cast<int32_t>(first), bits);
+  s.count[row] += __builtin_popcount(bits);
+}
+
+inline void select_products(const V (&c)[MR][2], const Columns& p, const SelectState& main, const SelectState& aux,
+                            int64_t first_row, int64_t rows) {
+  for (int half = 0; half < 2; ++half) {
+    const V bias = p.bias ? load(p.bias + half * N) : zero();
+    const V norms = p.norms ? load(p.norms + half * N) : zero();
+    const int64_t first = p.first + half * N;
+    const uint32_t lanes = (uint32_t{1} << N) - 1, valid = (p.valid >> (half * N)) & lanes;
+    const uint32_t masked = (p.masked >> (half * N)) & lanes;
+#pragma GCC unroll 14
+    for (int i = 0; i < MR; ++i) {
+      if (i >= rows) break;
+      const int64_t row = first_row + i;
+      const V v = p.bias ? add(c[i][half], bias) : c[i][half];
+      V score = p.magnitude ? magnitude_of(v) : v;
+      if (p.norms) score = mul(score, norms);
+      admit(main, row, v, not_le(score, set1(main.threshold[row])) & valid, first);
+      if (masked) admit(aux, row, v, not_le(score, set1(aux.threshold[row])) & masked, first);
+    }
+  }
+}
+
+// What one thread does: rows [begin, end) of panels through the packed slab.
+inline void select_rows(const EncodeSelectArgs& a, const float* x, const float* w, const Columns* columns,
+                        int64_t panels, int64_t begin, int64_t end, uint64_t* keys) {
+  constexpr int64_t PER_BLOCK = BLOCK / NR;
+  for (int64_t b = 0; b < panels; b += PER_BLOCK) {
+    const int64_t last = b + PER_BLOCK < panels ? b + PER_BLOCK : panels;
+    for (int64_t row = begin * MR; row < end * MR && row < a.n; ++row) {
+      if (a.main.count[row] + BLOCK + N > a.main.cap) cut(a.main, row, a.norms, a.magnitude, keys);
+      if (a.aux.k && a.aux.count[row] + BLOCK + N > a.aux.cap) cut(a.aux, row, a.norms, a.magnitude, keys);
+    }
+    for (int64_t p = b; p < last; ++p) {
+      for (int64_t i = begin; i < end; ++i) {
+        V c[MR][2];
+        multiply(c, x + i * MR * a.d, w + p * NR * a.d, a.d);
+        select_products(c, columns[p], a.main, a.aux, i * MR, a.n - i * MR < MR ? a.n - i * MR : MR);
+      }
+    }
+  }
+}
+
+void encode_select(const EncodeSelectArgs& a) {
+  const int64_t row_panels = (a.n + MR - 1) / MR, slab = a.m < SLAB ? a.m : SLAB;
+  const int64_t cap = a.aux.k && a.aux.cap > a.main.cap ? a.aux.cap : a.main.cap;
+  Scratch<float> x(row_panels * MR * a.d), w((slab + NR) * a.d + 16 * NR), padded(2 * (SLAB + NR));
+  Scratch<Columns> columns(SLAB / NR + 1);
+  // Enough groups to even out the threads, enough rows in each to use a panel of W several times from the inner cache.
+  int64_t group = row_panels / (6 * static_cast<int64_t>(a.threads));
+  group = group < 1 ? 1 : (group > 16 ? 16 : group);
+  visit(a.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T *rows = static_cast<const T*>(a.x), *weight = static_cast<const T*>(a.weight);
+    parallel_for(row_panels, 1, a.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t count = a.n - i * MR < MR ? a.n - i * MR : MR;
+        pack(x.data + i * MR * a.d, rows + i * MR * a.x_stride, a.x_stride, a.x_step, count, MR, a.d);
+      }
+    });
+    for (int64_t first = 0; first < a.m; first += SLAB) {
+      const int64_t latents = a.m - first < SLAB ? a.m - first : SLAB, panels = (latents + NR - 1) / NR;
+      parallel_for(panels, 1, a.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) {
+          const int64_t latent = first + p * NR, count = a.m - latent < NR ? a.m - latent : NR;
+          pack(w.data + p * NR * a.d, weight + latent * a.w_stride, a.w_stride, a.w_step, count, NR, a.d);
+          Columns c{latent, 0, 0, nullptr, nullptr, a.magnitude};
+          for (int64_t j = 0; j < count; ++j) {
+            c.valid |= uint32_t{1} << j;
+            if (a.aux.k && a.mask[latent + j]) c.masked |= uint32_t{1} << j;
+          }
+          float* pads[2] = {padded.data + p * NR, padded.data + SLAB + NR + p * NR};
+          const float* sources[2] = {a.bias, a.norms};
+          for (int s = 0; s < 2; ++s) {
+            for (int64_t j = 0; j < NR; ++j) pads[s][j] = sources[s] && j < count ? sources[s][latent + j] : 0.0f;
+          }
+          c.bias = a.bias ? pads[0] : nullptr;
+          c.norms = a.norms ? pads[1] : nullptr;
+          columns.data[p] = c;
+        }
+      });
+      parallel_for(row_panels, group, a.threads, [&](int64_t begin, int64_t end) {
+        Scratch<uint64_t> keys(2 * cap);
+        // With one thread everything comes in one call: keep to groups, for the cache.
+        for (int64_t g = begin; g < end; g += group) {
+          select_rows(a, x.data, w.data, columns.data, panels, g, g + group < end ? g + group : end, keys.data);
+        }
+      });
+    }
+  });
+}
