@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds, a fixed thread count, poisoned uninitialised memory, and a word on what is not tested on this machine."""
 
+import os
 import sys
+
+# Before torch starts its threads: idle ones sleep. Spinning ones make a busy machine several times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
