@@ -42,7 +42,9 @@ def plain_hook_run(model, chunks, module=MODULE):
 
 
 def run(model, chunks, path, **options):
-    return collect(model, chunks, options.pop("module", MODULE), path, **{"batch_size": 4, "progress": False, **options})
+    return collect(
+        model, chunks, options.pop("module", MODULE), path, **{"batch_size": 4, "progress": False, **options}
+    )
 
 
 @pytest.mark.parametrize("module", [MODULE, "model.layers.2", "model.layers.1.mlp", "model.norm"])
@@ -62,7 +64,8 @@ def test_equals_a_plain_hook_run(model, chunks, tmp_path, module):
 def test_later_blocks_do_not_run(model, chunks, tmp_path):
     calls = []
     handles = [
-        layer.register_forward_pre_hook(lambda m, args, i=i: calls.append(i)) for i, layer in enumerate(model.model.layers)
+        layer.register_forward_pre_hook(lambda m, args, i=i: calls.append(i))
+        for i, layer in enumerate(model.model.layers)
     ]
     handles.append(model.lm_head.register_forward_pre_hook(lambda m, args: calls.append("head")))
     run(model, chunks, tmp_path / "a", module="model.layers.1")
@@ -110,7 +113,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(model, chunks, tmp_path):
     with pytest.raises(ValueError, match="unfinished .8 of 20 chunks."):
         Activations(tmp_path / "part")
     with open(tmp_path / "part" / "rows.npy", "ab") as file:
-        file.write(b"left over by a run that was killed")
+        file.write(b"left over by a run that was killed" * 1000)  # more than what is still to come
     rest = _Interrupt(model, 0)
     run(rest, chunks, tmp_path / "part", module=module)
     assert rest.calls == 3  # 12 of 20 chunks were left
@@ -283,4 +286,3 @@ def test_batches_refuse_what_cannot_be(acts, model, chunks, tmp_path):
 def test_take(acts):
     index = np.array([5, 3, 270])
     assert torch.equal(acts.take(index), acts.take(slice(None))[torch.from_numpy(index)])
-

@@ -170,10 +170,10 @@ def test_demo_model_speaks_english():
     ids = loaded.tokenizer.encode("The capital of Germany is").ids
     assert ids == [504, 3575, 282, 4521, 314]
     _, held_out = split_documents(iter_documents(demo.news))
-    chunks = torch.from_numpy(tokenize(held_out, loaded.tokenizer, limit=8).astype(np.int64))
-    assert chunks.shape == (8, 128) and (chunks[:, 0] == 0).all()
+    chunks = torch.from_numpy(tokenize(held_out, loaded.tokenizer, limit=3).astype(np.int64))
+    assert chunks.shape == (3, 128) and (chunks[:, 0] == 0).all()
     with torch.inference_mode():
         assert loaded.tokenizer.decode([int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())]) == " Berlin"
         logits = loaded.model(chunks).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), chunks[:, 1:].flatten())
-    assert 3.2 < float(loss) < 4.4  # 3.8 over all held-out articles; rotary rows in the wrong order give over 6
+    assert 3.2 < float(loss) < 4.4  # 3.8 over all held-out articles; rotary rows in the wrong order give 5.5

@@ -93,9 +93,7 @@ def test_patching_equals_plain_hook_runs(make, skip, chunks):
         hidden[:, skip:] = mean
         return hidden
 
-    result = run(
-        model, lambda x: x * 0.5 + 0.2, chunks, mean, module=module, skip_positions=skip, outlier_factor=None
-    )
+    result = run(model, lambda x: x * 0.5 + 0.2, chunks, mean, module=module, skip_positions=skip, outlier_factor=None)
     expected = {
         "original": hooked_loss(model, chunks, module, lambda h: h),
         "patched": hooked_loss(model, chunks, module, patched),
@@ -137,9 +135,7 @@ def test_outliers_pass_through_and_are_counted(chunks):
 def test_blocks_before_the_module_run_once(model, chunks):
     calls = {name: 0 for name in ("model.layers.0.mlp", "model.layers.1.mlp", "model.layers.2.mlp")}
     handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda *_, name=name: calls.__setitem__(name, calls[name] + 1)
-        )
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
         for name in calls
     ]
     run(model, lambda x: x, chunks, batch_size=10)

@@ -78,7 +78,7 @@ def test_batches_and_merges_equal_one_shot(cuts, merge, offset):
     x, r, dense = data(offset=offset)
     whole = ReconstructionMetrics(M)
     edges = [0, *sorted(cuts), 300]
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
         part = ReconstructionMetrics(M) if merge else whole
         part.update(x[start:stop], r[start:stop], ragged(dense[start:stop]))
         if merge:

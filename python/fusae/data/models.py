@@ -29,8 +29,8 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> LoadedMo
     """Load a causal LM and its tokenizer.
 
     Args:
-        path: a ``.gguf`` file (architecture llama, byte-level BPE tokenizer; quantised weights are dequantised), or a folder
-            as `save_pretrained` writes it (any architecture of `AutoModelForCausalLM`, with a fast tokenizer).
+        path: a ``.gguf`` file (architecture llama, byte-level BPE tokenizer; quantised weights are dequantised), or a
+            folder as `save_pretrained` writes it (any architecture of `AutoModelForCausalLM`, with a fast tokenizer).
         dtype: of the weights.
 
     The residual stream after b blocks of a Llama model is the output of the module ``model.layers.{b-1}``.
@@ -44,7 +44,9 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> LoadedMo
     if path.is_dir():
         return _load_folder(path, dtype)
     if not path.exists():
-        raise FileNotFoundError(f"path: no file or folder at {path} (only local models are read; nothing is downloaded)")
+        raise FileNotFoundError(
+            f"path: no file or folder at {path} (only local models are read; nothing is downloaded)"
+        )
     return _load_gguf(path, dtype)
 
 
@@ -57,7 +59,9 @@ def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
-        raise ValueError(f"path: the tokenizer of {path} has no fast form ({type(tokenizer).__name__}); add a tokenizer.json")
+        raise ValueError(
+            f"path: the tokenizer of {path} has no fast form ({type(tokenizer).__name__}); add a tokenizer.json"
+        )
     return LoadedModel(model.eval(), fast, path.resolve().name)
 
 
@@ -195,7 +199,11 @@ def _tokenizer(path: Path, meta: _Metadata) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     for special in (True, False):
         wanted = _CONTROL if special else _USER_DEFINED
-        added = [AddedToken(t, special=special, normalized=False) for t, kind in zip(tokens, types) if kind == wanted]
+        added = [
+            AddedToken(t, special=special, normalized=False)
+            for t, kind in zip(tokens, types, strict=True)
+            if kind == wanted
+        ]
         (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
     return tokenizer
 

@@ -24,8 +24,8 @@ def iter_documents(path: str | Path, column: str = "text") -> Iterator[str]:
     """Documents of a file, in its order; blank ones are left out.
 
     Args:
-        path: a ``.csv`` or ``.jsonl`` file (one document a row, in `column`), a ``.txt`` file (one document), or a ``.zip`` or
-            a folder of such files (in the order of their names). UTF-8.
+        path: a ``.csv`` or ``.jsonl`` file (one document a row, in `column`), a ``.txt`` file (one document), or a
+            ``.zip`` or a folder of such files (in the order of their names). UTF-8.
         column: the column (csv) or key (jsonl) that holds the text.
 
     Raises `FileNotFoundError`, or `ValueError` for another kind of file, a missing column or a damaged zip.
@@ -88,16 +88,16 @@ def _digest(document: str) -> bytes:
 
 
 def is_held_out(document: str, share: float = 0.05) -> bool:
-    """Whether a document belongs to the held-out part: sha1 of its UTF-8 bytes, read as a fraction of 1, is below `share`.
+    """Whether a document belongs to the held-out part: sha1 of its UTF-8 bytes, read as a fraction of 1, is below
+    `share`.
 
-    It depends on the document alone, so a text keeps its side when a corpus grows, and two copies land on the same side.
+    It depends on the document alone, so a text keeps its side when a corpus grows, and two copies land on the same
+    side.
     """
     return int.from_bytes(_digest(document)[:8], "big") < share * 2**64
 
 
-def split_documents(
-    documents: Iterable[str], held_out_share: float = 0.05
-) -> tuple[list[str], list[str]]:
+def split_documents(documents: Iterable[str], held_out_share: float = 0.05) -> tuple[list[str], list[str]]:
     """``(train, held_out)``: exact duplicates removed, each part in the order of the documents' sha1.
 
     That order is a shuffle that needs no seed, so the first documents of a part are a fair sample of it.
@@ -120,14 +120,16 @@ def tokenize(
 ) -> np.ndarray:
     """Token chunks ``[chunks, ctx]``, uint16 where the vocabulary fits, else int32.
 
-    Each document is cut into pieces of ``ctx - 1`` tokens and `separator` is put before each, so position 0 of every chunk is
-    the same token: models use the first position as an attention sink, and it is dropped later. A chunk never mixes two
-    documents; what is left at a document's end (less than a piece) is not used. With ``separator=None`` pieces are `ctx` long.
+    Each document is cut into pieces of ``ctx - 1`` tokens and `separator` is put before each, so position 0 of every
+    chunk is the same token: models use the first position as an attention sink, and it is dropped later. A chunk never
+    mixes two documents; what is left at a document's end (less than a piece) is not used. With ``separator=None``
+    pieces are `ctx` long.
 
     Args:
         limit: stop after so many chunks.
 
-    Raises `ValueError` for ``ctx < 2``, a separator that is no token of the vocabulary, or text too short for one chunk.
+    Raises `ValueError` for ``ctx < 2``, a separator that is no token of the vocabulary, or text too short for one
+    chunk.
     """
     if ctx < 2:
         raise ValueError(f"ctx must be at least 2, got {ctx}")

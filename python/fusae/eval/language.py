@@ -33,10 +33,10 @@ def loss_recovered(
 ) -> dict[str, Any]:
     """Next-token cross-entropy of `model` with a reconstruction in place of a module's output.
 
-    Three passes over `chunks`: original; each row x of the output of `module` replaced by ``reconstruct(x)``; each row replaced by
-    `mean`. The first `skip_positions` positions of a chunk and rows whose norm exceeds the limit (attention sinks, which the
-    dictionary was not trained on) keep their value in all three. The loss is over all next-token predictions. Blocks before
-    `module` are computed once.
+    Three passes over `chunks`: original; each row x of the output of `module` replaced by ``reconstruct(x)``; each row
+    replaced by `mean`. The first `skip_positions` positions of a chunk and rows whose norm exceeds the limit
+    (attention sinks, which the dictionary was not trained on) keep their value in all three. The loss is over all
+    next-token predictions. Blocks before `module` are computed once.
 
     Args:
         model: a causal LM of `transformers` (called with ids ``[batch, ctx]``, returns ``.logits``).
@@ -49,10 +49,11 @@ def loss_recovered(
 
     Returns:
         ``original``, ``patched``, ``mean_ablated``: nats per token; ``loss_recovered``: (mean_ablated − patched) /
-        (mean_ablated − original), 1 for a perfect reconstruction, NaN if ablation changes nothing; ``tokens``: predictions
-        counted; ``passed_through``: ``{"first_positions", "norm_outliers"}``, rows that were not replaced.
+        (mean_ablated − original), 1 for a perfect reconstruction, NaN if ablation changes nothing; ``tokens``:
+        predictions counted; ``passed_through``: ``{"first_positions", "norm_outliers"}``, rows that were not replaced.
 
-    Raises `ValueError` or `TypeError` for a bad argument or if `reconstruct` returns another shape or a non-finite value.
+    Raises `ValueError` or `TypeError` for a bad argument or if `reconstruct` returns another shape or a non-finite
+    value.
     """
     chunks = hooks.check_chunks(chunks, model)
     hooks.check_row_options(chunks.shape[1], skip_positions, outlier_factor)
@@ -111,7 +112,7 @@ def _loss_sum(model: nn.Module, ids: Tensor) -> float:
     """Sum of −log p(next token) over a batch ``[batch, ctx]``, summed in float64."""
     logits = model(ids, **hooks.forward_options(model)).logits
     total = 0.0
-    for row, chunk in zip(logits, ids):  # one chunk at a time: logits in fp32 are the largest tensors here
+    for row, chunk in zip(logits, ids, strict=True):  # one chunk at a time: logits in fp32 are the largest tensors here
         each = nn.functional.cross_entropy(row[:-1].float(), chunk[1:], reduction="none")
         total += float(each.double().sum())
     return total
@@ -160,8 +161,9 @@ def logit_effects(
 ) -> list[dict[str, list[str]]]:
     """The tokens whose logits each decoder row raises and lowers most, by its direct path to the output.
 
-    Each row of `decoder_rows` ``[r, d]`` is multiplied with the weight of the model's final norm (and centred before, if that is a
-    LayerNorm) and with the unembedding. The norm's division by the row length is left out: it does not change the order.
+    Each row of `decoder_rows` ``[r, d]`` is multiplied with the weight of the model's final norm (and centred before,
+    if that is a LayerNorm) and with the unembedding. The norm's division by the row length is left out: it does not
+    change the order.
 
     Returns one ``{"promoted": [top strings], "suppressed": [top strings]}`` a row, strongest first.
 
@@ -183,7 +185,9 @@ def logit_effects(
             scale = norm(torch.ones_like(unembedding[0])).float()
         for row in rows:  # one at a time: [r, vocabulary] may be large
             logits = unembedding.float() @ (row * scale)
-            high, low = (logits.topk(min(top, len(logits)), largest=largest).indices.tolist() for largest in (True, False))
+            high, low = (
+                logits.topk(min(top, len(logits)), largest=largest).indices.tolist() for largest in (True, False)
+            )
             effects.append(
                 {
                     "promoted": [token_text(tokenizer, i) for i in high],

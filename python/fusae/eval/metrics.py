@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How well sparse codes reconstruct: streaming metrics that add up over batches and merge over workers.
 
-All sums are float64. Variance is taken about the mean of the whole data set, never of a batch: a batch mean fits its own few rows
-and flatters the result.
+All sums are float64. Variance is taken about the mean of the whole data set, never of a batch: a batch mean fits its
+own few rows and flatters the result.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class ReconstructionMetrics:
     def update(self, x: Tensor, reconstruction: Tensor, codes: Codes) -> ReconstructionMetrics:
         """Add rows `x` ``[..., d]``, their reconstruction (same shape) and their codes; returns self."""
         if x.shape != reconstruction.shape:
-            raise ValueError(f"reconstruction must have the shape of x, {list(x.shape)}, got {list(reconstruction.shape)}")
+            raise ValueError(
+                f"reconstruction must have the shape of x, {list(x.shape)}, got {list(reconstruction.shape)}"
+            )
         width = x.shape[-1]
         if self._mean is not None and width != self._mean.shape[0]:
             raise ValueError(f"x must have width {self._mean.shape[0]} as before, got {width}")
@@ -97,7 +99,7 @@ class ReconstructionMetrics:
         self.tokens = total
 
     def merge(self, other: ReconstructionMetrics) -> ReconstructionMetrics:
-        """Add what `other` has seen (of the same dictionary); returns self. The same as having updated with its batches."""
+        """Add what `other` has seen (of the same dictionary), as if its batches had come here; returns self."""
         if other.latents != self.latents:
             raise ValueError(f"other must be of {self.latents} latents, got {other.latents}")
         if other._mean is None:

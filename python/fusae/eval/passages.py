@@ -29,9 +29,10 @@ def choose_latents(
 ) -> list[int]:
     """`count` latents (fewer if fewer are active) spread over the density quantiles of those that fire, rarest first.
 
-    Latents with density above `min_density` are ranked by density. One is drawn from each of `count` strata of that ranking which are
-    narrow around the median and wide at the ends: the middle is where latents tend to be interpretable, the ends show the
-    rare and the nearly always active. The same `density`, `count` and `seed` give the same latents.
+    Latents with density above `min_density` are ranked by density. One is drawn from each of `count` strata of that
+    ranking which are narrow around the median and wide at the ends: the middle is where latents tend to be
+    interpretable, the ends show the rare and the nearly always active. The same `density`, `count` and `seed` give the
+    same latents.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
@@ -86,9 +87,9 @@ def top_passages(
 
     Returns:
         One dict a latent, in the order of `latents`: ``latent``; ``density``, share of the rows on which it is active;
-        ``max_value``; ``passages``, strongest first, each ``{"tokens": [str], "values": [float], "peak": int}`` (values of
-        positions that are not among the rows are 0; a token that ends inside a character is "" and the token that completes it shows
-        the character); with `effects` also ``promoted`` and ``suppressed``.
+        ``max_value``; ``passages``, strongest first, each ``{"tokens": [str], "values": [float], "peak": int}``
+        (values of positions that are not among the rows are 0; a token that ends inside a character is "" and the
+        token that completes it shows the character); with `effects` also ``promoted`` and ``suppressed``.
     """
     latents = [int(latent) for latent in latents]
     if len(set(latents)) != len(latents) or any(latent < 0 for latent in latents):
@@ -126,7 +127,7 @@ def top_passages(
             bar.update(task, advance=int(stop - start))
 
     features = []
-    for column, (latent, kept) in enumerate(zip(latents, best)):
+    for column, (latent, kept) in enumerate(zip(latents, best, strict=True)):
         feature: dict[str, Any] = {
             "latent": latent,
             "density": float(fired[column] / len(activations)),
@@ -183,8 +184,8 @@ def _columns(codes: Codes, rows: int, latents: Sequence[int]) -> np.ndarray:
 def token_strings(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     """The text of each token as it reads in the passage; joined they are the passage.
 
-    Spaces are spaces (not "Ġ" or "▁"). Where a character's bytes are spread over several tokens, it stands at the last of them and
-    the others are "".
+    Spaces are spaces (not "Ġ" or "▁"). Where a character's bytes are spread over several tokens, it stands at the last
+    of them and the others are "".
     """
     ids = [int(i) for i in ids]
     if not _is_byte_level(tokenizer):
