@@ -25,10 +25,12 @@ inline void put(void* p, DType t, int64_t i, float a) {
   }
 }
 
-// Memory for one thread's share of a kernel.
+// Memory of a kernel or of one thread's share of it, aligned to cache lines: a vector that straddles two costs two reads.
 template <class T>
 struct Scratch {
-  explicit Scratch(int64_t n) : data(static_cast<T*>(std::malloc(static_cast<size_t>(n > 0 ? n : 1) * sizeof(T)))) {
+  explicit Scratch(int64_t n) {
+    const size_t bytes = (static_cast<size_t>(n > 0 ? n : 1) * sizeof(T) + 63) & ~size_t{63};
+    data = static_cast<T*>(std::aligned_alloc(64, bytes));
     if (!data) std::abort();
   }
   ~Scratch() { std::free(data); }
