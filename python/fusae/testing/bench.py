@@ -189,7 +189,8 @@ def peak_memory(
         capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {factory} {dict(arguments)} failed:\n{done.stderr.strip()[-2000:]}")
+        told = done.stderr.strip()[-2000:]
+        raise RuntimeError(f"measuring the memory of {factory} {dict(arguments)} failed:\n{told}")
     return json.loads(done.stdout.splitlines()[-1])["peak"]
 
 
@@ -201,9 +202,12 @@ def contender(module: str, op: str, name: str, backend: str, **inputs: Any) -> C
     return build(make_inputs(**inputs), inputs["k"], backend)
 
 
-def rates(dtype: str = "float32", device: str = "cpu") -> tuple[float, float]:
-    """Rates of a square GEMM (flop/s) and of a large copy (bytes read + written a second), medians of 5."""
-    size, length = (1024, 2**27) if torch.device(device).type == "cpu" else (8192, 2**30)
+def rates(
+    dtype: str = "float32", device: str = "cpu", *, size: int | None = None, length: int | None = None
+) -> tuple[float, float]:
+    """Rates of a GEMM of `size` cubed (flop/s) and of a copy of `length` bytes (read + written a second): medians of 5."""
+    on_cpu = torch.device(device).type == "cpu"
+    size, length = size or (1024 if on_cpu else 8192), length or (2**27 if on_cpu else 2**30)
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     out, source = torch.empty_like(a), torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -258,7 +262,8 @@ def measure(
 
     Args:
         op: one of `workloads.CONTENDERS`; n, d, m, k: the shape.
-        names: contenders to run (default: all); baseline: the one ratios are against (default: the op's own, if it runs).
+        names: contenders to run (default: all).
+        baseline: the contender that ratios are against (default: the op's own, if it runs).
         rivals: name of a further module with a table CONTENDERS like that of `workloads`.
         backend: backend of the fusae contenders (default: the first that can run every op in them on `device`).
         rounds, warmup: as in `interleaved`; batches: how many inputs are rotated.
@@ -280,13 +285,13 @@ def measure(
     shape = {"n": n, "d": d, "m": m, "k": k}
     arguments = {**shape, "dtype": dtype, "device": device, "data": data, "batches": batches}
     with _threads(threads):
+        inputs = workloads.make_inputs(**arguments)
         peaks: dict[str, int | None] = dict.fromkeys(names)
         if memory:
             for name in names:
                 spec = {"module": known[name][0], "op": op, "name": name, "backend": backend, **arguments}
                 warm = {**_WARM, "data": None}
                 peaks[name] = peak_memory(f"{__name__}:contender", spec, warm=warm, device=device)
-        inputs = workloads.make_inputs(**arguments)
         gemm_rate, copy_rate = rates(dtype, device)
         calls = {name: known[name][1](inputs, k, backend) for name in names}
         times = interleaved(calls, rounds, warmup, device=device)

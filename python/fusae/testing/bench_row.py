@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Row`: one line of a benchmark, its JSON schema, and where a measurement was taken.
 
-A results file is ``{"rows": [row, ...]}``. Every row carries ``"schema": 1``; the version rises when a field changes its
-meaning or goes, and a reader refuses versions it does not know.
+A results file is ``{"rows": [row, ...]}``. Every row carries ``"schema": 1``; the version rises when a field changes
+its meaning or goes, and a reader refuses versions it does not know.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def problems(value: Any) -> list[str]:
     if value["mode"] not in MODES:
         found.append(f"mode must be one of {', '.join(MODES)}, got {value['mode']!r}")
     if set(value["shape"]) != set("ndmk"):
-        found.append(f"shape must have exactly the keys n, d, m, k, got {', '.join(map(str, value['shape'])) or 'none'}")
+        keys = ", ".join(map(str, value["shape"])) or "none"
+        found.append(f"shape must have exactly the keys n, d, m, k, got {keys}")
     found += [
         f"shape.{key} must be an integer >= 1, got {_kind(size)}"
         for key, size in value["shape"].items()
@@ -162,9 +163,8 @@ def append_rows(path: str | os.PathLike[str], rows: Iterable[Row]) -> None:
 def _git(*arguments: str) -> str | None:
     """Output of git in the directory of this file, None where git, a repository or the answer is missing."""
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, timeout=30, check=False
-        )
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
@@ -185,14 +185,14 @@ def _isa() -> str:
         from ..backends import cpu
     except ImportError:  # no native module here: only torch's own kernels run
         return torch_isa
-    return f"{cpu.describe()}, {torch_isa}"
+    return f"{cpu.describe().partition(';')[0]}, {torch_isa}"
 
 
 def environment(device: str = "cpu", command: str = "") -> dict[str, Any]:
     """The fields of a `Row` that say where and when: device, isa, versions, git, dirty, time, command."""
     from ..info import versions
 
-    # An installed copy may lie inside somebody else's repository (a virtual environment does): only a tracked file counts.
+    # An installed copy may lie inside another repository (a virtual environment does): only a tracked file counts.
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name) is not None
     changed = _git("status", "--porcelain", "--untracked-files=no") if tracked else None
     return {

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the benchmarks run: inputs, the contenders of every op, their cost, and the check that must pass before any number.
+"""What the benchmarks run: inputs, the contenders of every op, and their cost.
 
-A contender is built once, ``build(inputs, k, backend) -> call``, and then called again and again without arguments; each call
-takes the next of the batches in `Inputs`, so no batch is warm in a cache from the call before, and all contenders of a
-round see the same one. Contenders of an op do the same work and return the same numbers.
+A contender is built once, ``build(inputs, k, backend) -> call``, and then called again and again without arguments;
+each call takes the next of the batches in `Inputs`, so no batch is warm in a cache from the call before, and all
+contenders of a round see the same one. Contenders of an op do the same work and return the same numbers.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) 
     """Inputs with a known sparse structure, float32 on the CPU.
 
     A dictionary D of m random unit rows; every x is a sum of k rows drawn with probability ∝ 1 / (rank + 10) (so that
-    some latents are busy and most are rare, as in trained dictionaries), with weights 0.5 + Exp(1), plus an offset shared
-    by all rows and Gaussian noise of length about 0.5. ``W_dec = D``; ``W_enc`` is D with noise of half the
-    length of a row, normalised again; ``b_enc = 0``; b_dec is the offset.
+    some latents are busy and most are rare, as in trained dictionaries), with weights 0.5 + Exp(1), plus an offset that
+    all rows share and Gaussian noise of length about 0.5. ``W_dec = D``; ``W_enc`` is D with noise of half the length
+    of a row, normalised again; ``b_enc = 0``; b_dec is the offset.
     """
     generator = torch.Generator().manual_seed(seed)
     W_dec = _unit(torch.randn(m, d, generator=generator))
@@ -87,8 +87,8 @@ def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) 
 def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, seed: int = 0) -> Inputs:
     """Inputs from real activations, a ``.npy`` file ``[rows, d]``: up to `batches` batches of n consecutive rows.
 
-    The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``, ``b_enc = 0``; b_dec is the
-    mean of the rows that were read.
+    The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``, ``b_enc = 0``;
+    b_dec is the mean of the rows that were read.
     """
     import numpy
 
@@ -106,7 +106,14 @@ def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, s
 
 
 def make_inputs(
-    n: int, d: int, m: int, k: int, dtype: str = "float32", device: str = "cpu", data: str | None = None, batches: int = 3
+    n: int,
+    d: int,
+    m: int,
+    k: int,
+    dtype: str = "float32",
+    device: str = "cpu",
+    data: str | None = None,
+    batches: int = 3,
 ) -> Inputs:
     """`planted` inputs, or those of the file `data`, in `dtype` (a name in torch) on `device`."""
     if not 1 <= k <= m:
@@ -182,8 +189,8 @@ Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 def forward_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
     """A top-k autoencoder in plain torch: dense codes by scatter, dense decoder.
 
-    b_dec is taken out of the pre-activations by way of the bias: the same function as ``F.linear(x - b_dec, ...)``, which
-    would cost autograd one dense matrix product more.
+    b_dec is taken out of the pre-activations by way of the bias: the same function as ``F.linear(x - b_dec, ...)``,
+    which would cost autograd one dense matrix product more.
     """
     pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)
     values, indices = torch.topk(pre, k)
@@ -351,8 +358,9 @@ def contenders(op: str) -> dict[str, Build]:
 
 
 def choose_backend(op: str, device: str = "cpu", wanted: str | None = None) -> str:
-    """The backend for the fusae contenders of `op`: `wanted` or `_dispatch.BackendError`, else the first that has all
-    raw ops."""
+    """The backend for the fusae contenders of `op`: the one asked for (argument, context, FUSAE_BACKEND), else the
+    first that has all raw ops. Raises `BackendError` where there is none."""
+    wanted = _dispatch.requested(wanted)
     on_cpu = torch.device(device).type == "cpu"
     fitting = [name for name in _dispatch.ORDER if name == "reference" or (name == "cpu") == on_cpu]
     reasons = {}

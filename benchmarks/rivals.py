@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training steps of other libraries, where they are installed. Nothing of them is copied here.
+
+Each library contributes its own module and its own reconstruction loss, without auxiliary terms; weights start from the
+same inputs, and the optimiser is ``torch.optim.Adam(fused=True)`` for all. What their trainers add around it (gradient
+clipping, projection, renormalisation, schedules, logging) is left out: fusae's contender does none of it either.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from fusae.testing.workloads import LR, Build, Call, Inputs, prime, squared_error, train_step
+from torch import Tensor
+
+#: contender -> the module to import, and the name on PyPI
+LIBRARIES = {
+    "sparsify": ("sparsify", "eai-sparsify"),
+    "SAELens": ("sae_lens", "sae-lens"),
+    "dictionary_learning": ("dictionary_learning", "dictionary-learning"),
+}
+
+
+def _step(inputs: Inputs, module: torch.nn.Module, weights: dict[str, Tensor], loss_of: Callable) -> Call:
+    """Copy `weights` into the parameters of those names, and train `module` with Adam."""
+    parameters = dict(module.named_parameters())
+    if set(parameters) != set(weights):
+        raise RuntimeError(
+            f"{type(module).__module__} has parameters {sorted(parameters)}, this adapter knows {sorted(weights)}: "
+            "another version of the library?"
+        )
+    with torch.no_grad():
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+    optimizer = torch.optim.Adam(parameters.values(), lr=LR, fused=True)
+    prime(optimizer)
+    return train_step(inputs, loss_of, optimizer)
+
+
+def _sparsify(inputs: Inputs, k: int, backend: str) -> Call:
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    m, d = inputs.W_enc.shape
+    config = SparseCoderConfig(num_latents=m, k=k, normalize_decoder=False)
+    coder = SparseCoder(d, config, device=inputs.W_enc.device, dtype=inputs.W_enc.dtype)
+    weights = {
+        "encoder.weight": inputs.W_enc, "encoder.bias": inputs.b_enc, "W_dec": inputs.W_dec, "b_dec": inputs.b_dec,
+    }  # fmt: skip
+    return _step(inputs, coder, weights, lambda x: coder(x).fvu)
+
+
+def _saelens(inputs: Inputs, k: int, backend: str) -> Call:
+    from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.saes.sae import TrainStepInput
+
+    m, d = inputs.W_enc.shape
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(
+        d_in=d, d_sae=m, k=k, device=str(inputs.W_enc.device), dtype=str(inputs.W_enc.dtype).removeprefix("torch."),
+        apply_b_dec_to_input=True,
+    ))  # fmt: skip
+    optional = {"is_logging_step": False}  # a field of newer versions
+    known = {field.name for field in dataclasses.fields(TrainStepInput)}
+    rest = {name: value for name, value in optional.items() if name in known}
+
+    def loss_of(x: Tensor) -> Tensor:
+        step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, **rest)
+        return sae.training_forward_pass(step).loss
+
+    weights = {"W_enc": inputs.W_enc.T, "b_enc": inputs.b_enc, "W_dec": inputs.W_dec, "b_dec": inputs.b_dec}
+    return _step(inputs, sae, weights, loss_of)
+
+
+def _dictionary_learning(inputs: Inputs, k: int, backend: str) -> Call:
+    from dictionary_learning.trainers.top_k import AutoEncoderTopK
+
+    m, d = inputs.W_enc.shape
+    coder = AutoEncoderTopK(d, m, k).to(inputs.W_enc)
+    weights = {
+        "encoder.weight": inputs.W_enc, "encoder.bias": inputs.b_enc, "decoder.weight": inputs.W_dec.T,
+        "b_dec": inputs.b_dec,
+    }  # fmt: skip
+    return _step(inputs, coder, weights, lambda x: squared_error(coder(x), x))
+
+
+_BUILDERS: dict[str, Build] = {
+    "sparsify": _sparsify, "SAELens": _saelens, "dictionary_learning": _dictionary_learning,
+}  # fmt: skip
+
+
+def missing() -> dict[str, str]:
+    """Contenders that cannot run here, and why."""
+    return {
+        name: f"not installed (pip install {package})"
+        for name, (module, package) in LIBRARIES.items()
+        if importlib.util.find_spec(module) is None
+    }
+
+
+#: as `fusae.testing.workloads.CONTENDERS`, with the libraries that are installed
+CONTENDERS: dict[str, dict[str, Build]] = {
+    "train_step": {name: build for name, build in _BUILDERS.items() if name not in missing()}
+}

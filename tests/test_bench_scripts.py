@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/run.py, report.py and rivals.py: what they refuse, what they write. Nothing here looks at speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from fusae.testing import bench
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {"n": 24, "d": 16, "m": 96, "k": 4}
+
+
+@functools.cache
+def _script(name: str):
+    """A script of benchmarks/, which is no package, as a module."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    return module
+
+
+def _invoke(module, *arguments: object):
+    app = typer.Typer()
+    app.command()(module.main)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def report():
+    return _script("report")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_probes():
+    """The probes of the machine's rates take a second; their size does not matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "rates", functools.partial(bench.rates, size=64, length=2**16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows(small_probes) -> list[bench.Row]:
+    return bench.measure("train_step", **TINY, rounds=2, warmup=0, memory=False, command="made by a test").rows
+
+
+def test_report_writes_the_table_and_checks_it(report, rows, tmp_path):
+    readme, results = tmp_path / "README.md", tmp_path / "results" / "rows.json"
+    bench.append_rows(results, rows)
+    readme.write_text(f"before\n{report.START}\n{report.END}\nafter\n")
+    unnamed = _invoke(report, "--check", "--readme", readme)
+    assert unnamed.exit_code == 2 and "names no results file yet" in unnamed.output
+    assert _invoke(report, results, "--readme", readme).exit_code == 0
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.START}\n| op |") and text.endswith(f"{report.END}\nafter\n")
+    assert "`results/rows.json`" in text and (rows[0].git is None or rows[0].git[:12] in text)
+    assert text.count("\n| train_step | 24, 16, 96, 4 |") == len(rows)
+    assert _invoke(report, "--check", "--readme", readme).exit_code == 0  # the file is found through the table
+    readme.write_text(text.replace("1.00 × gemm", "0.50 × gemm"))
+    stale = _invoke(report, "--check", "--readme", readme)
+    assert stale.exit_code == 1 and "differs from results/rows.json" in stale.output
+
+
+def test_report_keeps_the_latest_row_and_wants_its_markers(report, rows, tmp_path):
+    newer = dataclasses.replace(rows[0], p20_ms=1234.0, p50_ms=1234.0, p80_ms=1234.0)
+    text = report.markdown([*rows, newer], "x.json")
+    assert text.count("| gemm |") == 1 and "1,234" in text
+    with pytest.raises(bench.RowError, match="must hold one line"):
+        report._split("no markers", tmp_path)
+    with pytest.raises(bench.RowError, match="has no rows"):
+        report.markdown([], "x.json")
+
+
+def test_run_appends_rows_after_its_gate(tmp_path):
+    out = tmp_path / "rows.json"
+    shape = [f"--{key}={size}" for key, size in TINY.items()]
+    options = [*shape, "--rounds=2", "--threads=1", "--no-memory", "--gate", f"--out={out}"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "run.py"), "train_step", *options],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = bench.read_rows(out)
+    assert {"gemm", "fusae", "fusae ops", "plain torch", "torch embedding_bag"} <= {row.name for row in rows}
+    assert rows[0].command.startswith("python benchmarks/run.py train_step --n=24") and rows[0].threads == 1
+    assert "agrees with the reference" in done.stdout
+    for name, (library, _) in _script("rivals").LIBRARIES.items():
+        present = importlib.util.find_spec(library) is not None
+        assert (f"absent: {name}, not installed" in done.stdout) != present
+
+
+def test_run_gives_no_number_for_a_wrong_op(monkeypatch, tmp_path):
+    run = _script("run")
+
+    def wrong(*_):
+        raise AssertionError("decode: planted error")
+
+    monkeypatch.setattr(run, "conform", wrong)
+    monkeypatch.setattr(run, "measure", lambda *_, **__: pytest.fail("measured a wrong op"))
+    done = _invoke(run, "decode", "--gate", f"--out={tmp_path / 'rows.json'}")
+    assert done.exit_code == 1 and "planted error" in done.output and not (tmp_path / "rows.json").exists()
+
+
+def test_run_judges_bars(rows):
+    run = _script("run")
+    measured = bench.Measurement(rows, {"fusae": [1.0, 2.0], "gemm": [1.0, 2.0], "plain torch": [5.0, 10.0]})
+    assert "reached" in run.Bar("fusae", "gemm", 1.0).verdict(measured)
+    assert "MISSED" in run.Bar("fusae", "gemm", 0.9).verdict(measured)
+    assert "reached" in run.Bar("fusae", "plain torch", 4.5, speedup=True).verdict(measured)
+    assert "MISSED" in run.Bar("fusae", "plain torch", 5.5, speedup=True).verdict(measured)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["encode"], "must be one of encode_topk"),
+        ([], "give either an op or --preset"),
+        (["decode", "--preset=bars"], "give either an op or --preset"),
+        (["--preset=quick"], "must be one of bars, tiny"),
+        (["decode", "--dtype=float8"], "must be float32, bfloat16 or float16"),
+        (["decode", "--rival=fast"], "must be all, none or among"),
+        (["decode", "--backend=cuda"], "no backend can run"),
+        (["decode", "--k=40000"], "k must be between 1 and m"),
+    ],
+)
+def test_run_names_a_bad_request(arguments, told):
+    done = _invoke(_script("run"), *arguments)
+    assert done.exit_code == 2 and told in " ".join(done.output.replace("│", " ").split())
+
+
+def test_run_does_not_touch_a_foreign_file(tmp_path):
+    foreign = tmp_path / "rows.json"
+    foreign.write_text("{}")
+    done = _invoke(_script("run"), "decode", f"--out={foreign}")
+    assert done.exit_code == 2 and "must be" in done.output and foreign.read_text() == "{}"
