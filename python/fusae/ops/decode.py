@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..codes import SparseCodes
@@ -49,6 +50,7 @@ class _Decode(torch.autograd.Function):
         ctx.b_dtype = None if b_dec is None else b_dec.dtype
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y):
         values, indices, offsets, W_dec = ctx.saved_tensors
         need_values, _, _, need_W, need_b = ctx.needs_input_grad[:5]

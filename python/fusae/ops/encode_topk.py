@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..codes import SparseCodes
@@ -52,6 +53,7 @@ class _EncodeTopK(torch.autograd.Function):
         ctx.save_for_backward(x, W_enc, aux_mask, *output)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_values, _, grad_aux, __):
         if grad_values is None and grad_aux is None:
             return (None,) * 11

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..codes import SparseCodes
@@ -38,6 +39,7 @@ class _TopK(torch.autograd.Function):
         ctx.m = pre.shape[1]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_values, _):
         if grad_values is None:
             return None, None, None
