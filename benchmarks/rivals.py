@@ -56,14 +56,18 @@ def _saelens(inputs: Inputs, k: int, backend: str) -> Call:
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.saes.sae import TrainStepInput
 
+    def known(cls: type, **options: object) -> dict[str, object]:
+        """Of these options, those that this version of the library has."""
+        fields = {field.name for field in dataclasses.fields(cls)}
+        return {name: value for name, value in options.items() if name in fields}
+
     m, d = inputs.W_enc.shape
+    dtype = str(inputs.W_enc.dtype).removeprefix("torch.")
+    plain = known(TopKTrainingSAEConfig, rescale_acts_by_decoder_norm=False, use_sparse_activations=False)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(
-        d_in=d, d_sae=m, k=k, device=str(inputs.W_enc.device), dtype=str(inputs.W_enc.dtype).removeprefix("torch."),
-        apply_b_dec_to_input=True,
+        d_in=d, d_sae=m, k=k, device=str(inputs.W_enc.device), dtype=dtype, apply_b_dec_to_input=True, **plain,
     ))  # fmt: skip
-    optional = {"is_logging_step": False}  # a field of newer versions
-    known = {field.name for field in dataclasses.fields(TrainStepInput)}
-    rest = {name: value for name, value in optional.items() if name in known}
+    rest = known(TrainStepInput, is_logging_step=False)
 
     def loss_of(x: Tensor) -> Tensor:
         step = TrainStepInput(sae_in=x, coefficients={}, dead_neuron_mask=None, n_training_steps=0, **rest)

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
-from fusae.testing import bench
+from fusae.testing import bench, workloads
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,3 +147,17 @@ def test_run_does_not_touch_a_foreign_file(tmp_path):
     foreign.write_text("{}")
     done = _invoke(_script("run"), "decode", f"--out={foreign}")
     assert done.exit_code == 2 and "must be" in done.output and foreign.read_text() == "{}"
+
+
+def test_a_library_takes_the_weights_and_trains_with_them():
+    rivals = _script("rivals")
+    inputs = workloads.make_inputs(**TINY, batches=1)
+    d, m = TINY["d"], TINY["m"]
+    module = torch.nn.Sequential(torch.nn.Linear(d, m), torch.nn.ReLU(), torch.nn.Linear(m, d))
+    weights = {"0.weight": inputs.W_enc, "0.bias": inputs.b_enc, "2.weight": inputs.W_dec.T, "2.bias": inputs.b_dec}
+    step = rivals._step(inputs, module, weights, lambda x: (module(x) - x).square().mean())
+    assert torch.equal(module[2].weight, inputs.W_dec.T)
+    losses = [float(step()) for _ in range(4)]
+    assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+    with pytest.raises(RuntimeError, match=r"has parameters \['0.bias', .*another version of the library"):
+        rivals._step(inputs, module, {"W_enc": inputs.W_enc}, lambda x: x.sum())

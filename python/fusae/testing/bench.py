@@ -205,7 +205,7 @@ def contender(module: str, op: str, name: str, backend: str, **inputs: Any) -> C
 def rates(
     dtype: str = "float32", device: str = "cpu", *, size: int | None = None, length: int | None = None
 ) -> tuple[float, float]:
-    """Rates of a GEMM of `size` cubed (flop/s) and of a copy of `length` bytes (read + written a second): medians of 5."""
+    """Rates of a GEMM of `size` cubed (flop/s) and of a copy of `length` bytes (read + written a second), medians."""
     on_cpu = torch.device(device).type == "cpu"
     size, length = size or (1024 if on_cpu else 8192), length or (2**27 if on_cpu else 2**30)
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
