@@ -50,7 +50,11 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     _lib.define(schema)
 
     def run(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        return select(name, args, kwargs, backend)(*args, **kwargs)
+        chosen, device = select(name, args, kwargs, backend), args[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return chosen(*args, **kwargs)
+        with torch.autocast(device, enabled=False):  # inputs were cast in public; sums inside stay float32
+            return chosen(*args, **kwargs)
 
     torch.library.impl(_lib, name, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(f"fusae::{name}", fake, lib=_lib)
