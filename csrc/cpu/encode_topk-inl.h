@@ -15,7 +15,10 @@ constexpr int MR = 2;
 #endif
 constexpr int64_t NR = 2 * N;
 constexpr int64_t SLAB = 2048;  // latents packed together: a multiple of BLOCK
-constexpr int64_t DEPTH = 512;  // length of one chain of sums over d; partial sums are then added up
+// A wider d is cut into equal parts of at most this: a panel of x then stays in the inner cache and a group of them in the
+// next, and chains of sums stay short. Parts are added up through memory.
+constexpr int64_t DEPTH = 640;
+constexpr int64_t GROUP = 224 / MR;  // panels of rows that pass a panel of W one after the other
 
 // Packs `count` rows of src (row r at src + r * stride) as dst[j * width + r], zero rows up to width.
 template <class T>
@@ -37,35 +40,21 @@ inline void pack(float* dst, const T* src, int64_t stride, int64_t step, int64_t
   }
 }
 
-// Products of one panel of rows and one panel of latents, in registers at the end of the last chain.
-inline void multiply(V (&c)[MR][2], const float* x, const float* w, int64_t d) {
-  alignas(64) float partial[MR][2][N];
-  for (int64_t begin = 0; begin < d; begin += DEPTH) {
-    const int64_t end = begin + DEPTH < d ? begin + DEPTH : d;
-    for (int i = 0; i < MR; ++i) c[i][0] = c[i][1] = zero();
-    for (int64_t j = begin; j < end; ++j) {
-      const V w0 = load(w + j * NR), w1 = load(w + j * NR + N);
-      __builtin_prefetch(w + (j + 8) * NR);
-      __builtin_prefetch(w + (j + 8) * NR + N);
+// Products of one panel of rows and one panel of latents over `depth` columns, left in registers.
+inline void multiply(V (&c)[MR][2], const float* x, const float* w, int64_t depth) {
+  for (int i = 0; i < MR; ++i) c[i][0] = c[i][1] = zero();
+  for (int64_t j = 0; j < depth; ++j) {
+    const V w0 = load(w), w1 = load(w + N);
+    __builtin_prefetch(w + 8 * NR);
+    __builtin_prefetch(w + 8 * NR + N);
 #pragma GCC unroll 14
-      for (int i = 0; i < MR; ++i) {
-        const V xi = set1(x[j * MR + i]);
-        c[i][0] = fma(xi, w0, c[i][0]);
-        c[i][1] = fma(xi, w1, c[i][1]);
-      }
+    for (int i = 0; i < MR; ++i) {
+      const V xi = set1(x[i]);
+      c[i][0] = fma(xi, w0, c[i][0]);
+      c[i][1] = fma(xi, w1, c[i][1]);
     }
-    if (begin > 0) {
-      for (int i = 0; i < MR; ++i) {
-        c[i][0] = add(load(partial[i][0]), c[i][0]);
-        c[i][1] = add(load(partial[i][1]), c[i][1]);
-      }
-    }
-    if (end < d) {
-      for (int i = 0; i < MR; ++i) {
-        store(partial[i][0], c[i][0]);
-        store(partial[i][1], c[i][1]);
-      }
-    }
+    x += MR;
+    w += NR;
   }
 }
 
@@ -105,21 +94,34 @@ inline void select_products(const V (&c)[MR][2], const Columns& p, const SelectS
   }
 }
 
-// What one thread does: rows [begin, end) of panels through the packed slab.
+// What one thread does: panels [begin, end) of rows through the packed slab. `sums` holds the products of a group of rows
+// with one block of latents while they are incomplete.
 inline void select_rows(const EncodeSelectArgs& a, const float* x, const float* w, const Columns* columns,
-                        int64_t panels, int64_t begin, int64_t end, uint64_t* keys) {
+                        int64_t panels, int64_t begin, int64_t end, uint64_t* keys, float* sums) {
   constexpr int64_t PER_BLOCK = BLOCK / NR;
+  const int64_t parts = (a.d + DEPTH - 1) / DEPTH;
   for (int64_t b = 0; b < panels; b += PER_BLOCK) {
     const int64_t last = b + PER_BLOCK < panels ? b + PER_BLOCK : panels;
     for (int64_t row = begin * MR; row < end * MR && row < a.n; ++row) {
       if (a.main.count[row] + BLOCK + N > a.main.cap) cut(a.main, row, a.norms, a.magnitude, keys);
       if (a.aux.k && a.aux.count[row] + BLOCK + N > a.aux.cap) cut(a.aux, row, a.norms, a.magnitude, keys);
     }
-    for (int64_t p = b; p < last; ++p) {
-      for (int64_t i = begin; i < end; ++i) {
-        V c[MR][2];
-        multiply(c, x + i * MR * a.d, w + p * NR * a.d, a.d);
-        select_products(c, columns[p], a.main, a.aux, i * MR, a.n - i * MR < MR ? a.n - i * MR : MR);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t from = a.d * part / parts, depth = a.d * (part + 1) / parts - from;
+      float* sum = sums;
+      for (int64_t p = b; p < last; ++p) {
+        for (int64_t i = begin; i < end; ++i, sum += MR * NR) {
+          V c[MR][2];
+          multiply(c, x + (i * a.d + from) * MR, w + (p * a.d + from) * NR, depth);
+          if (part > 0) {
+            for (int r = 0; r < 2 * MR; ++r) c[r / 2][r % 2] = add(load(sum + r * N), c[r / 2][r % 2]);
+          }
+          if (part + 1 < parts) {
+            for (int r = 0; r < 2 * MR; ++r) store(sum + r * N, c[r / 2][r % 2]);
+          } else {
+            select_products(c, columns[p], a.main, a.aux, i * MR, a.n - i * MR < MR ? a.n - i * MR : MR);
+          }
+        }
       }
     }
   }
@@ -132,7 +134,7 @@ void encode_select(const EncodeSelectArgs& a) {
   Scratch<Columns> columns(SLAB / NR + 1);
   // Enough groups to even out the threads, enough rows in each to use a panel of W several times from the inner cache.
   int64_t group = row_panels / (6 * static_cast<int64_t>(a.threads));
-  group = group < 1 ? 1 : (group > 16 ? 16 : group);
+  group = group < 1 ? 1 : (group > GROUP ? GROUP : group);
   visit(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T *rows = static_cast<const T*>(a.x), *weight = static_cast<const T*>(a.weight);
@@ -165,9 +167,11 @@ void encode_select(const EncodeSelectArgs& a) {
       });
       parallel_for(row_panels, group, a.threads, [&](int64_t begin, int64_t end) {
         Scratch<uint64_t> keys(2 * cap);
+        Scratch<float> sums(BLOCK * group * MR);
         // With one thread everything comes in one call: keep to groups, for the cache.
         for (int64_t g = begin; g < end; g += group) {
-          select_rows(a, x.data, w.data, columns.data, panels, g, g + group < end ? g + group : end, keys.data);
+          select_rows(a, x.data, w.data, columns.data, panels, g, g + group < end ? g + group : end, keys.data,
+                      sums.data);
         }
       });
     }

@@ -4,7 +4,7 @@
 // not fit. A candidate that ties with the threshold has a higher index than k others and loses: the test is strict.
 // NaN is the largest score, so the test is "not less or equal". The threshold starts as NaN, which admits everything.
 
-constexpr int64_t BLOCK = 512;  // columns between two checks of a row's capacity
+constexpr int64_t BLOCK = 256;  // columns between two checks of a row's capacity
 
 // Unique key: order-preserving bits of the score (NaN highest, -0 as +0), then the lower index first.
 inline uint64_t key_of(float score, int32_t index) {

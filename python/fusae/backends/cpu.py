@@ -103,8 +103,8 @@ _NO_SELECTION = (0, 0, 0, 0, 0, 0)
 
 
 def _capacity(k: int) -> int:
-    """Candidates a row can hold: k, one block of columns that all pass, and room to cut seldom."""
-    return k + 512 + 16 + max(k, 256)
+    """Candidates a row can hold: k, one block of columns that all pass, a vector, and room to cut seldom."""
+    return k + 256 + 16 + max(k, 128)
 
 
 def _row_block(n: int, *widths: int) -> int:

@@ -1,0 +1,53 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Both make their own environment in .venv, or take yours:
+# `make test PYTHON=/path/to/python` installs fusae there and nothing else that it already has (also without network).
+
+VENV   ?= .venv
+PYTHON ?=
+ifeq ($(PYTHON),)
+  PY   := $(VENV)/bin/python
+  ENV  := $(VENV)/.ready
+else
+  PY   := $(PYTHON)
+  ENV  := $(VENV)/.given
+endif
+EXTRAS := test,lm,report
+RUN    ?= runs/demo
+
+.PHONY: demo test test-kernels bench lint sanitize wheel clean
+
+demo: $(ENV)
+	$(PY) -m fusae.cli demo --out $(RUN)
+
+test: $(ENV)
+	$(PY) -m pytest -q -m "not kernels"
+
+test-kernels: $(ENV)
+	$(PY) -m pytest -q -m kernels
+
+bench: $(ENV)
+	$(PY) benchmarks/run.py bars --gate --out benchmarks/results
+
+lint: $(ENV)
+	$(PY) -m pip install -q ruff
+	$(PY) -m ruff check python kernels tests benchmarks
+
+# The CPU kernels under AddressSanitizer and UBSan, on the tests that reach them.
+sanitize: $(ENV)
+	bash tools/sanitize.sh $(PY)
+
+wheel: $(ENV)
+	$(PY) -m pip wheel . --no-deps -w dist
+
+# The native sources are part of the rule: an edit there is rebuilt before anything runs.
+NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+$(VENV)/.ready: $(NATIVE) tools/setup_env.sh
+	bash tools/setup_env.sh $(VENV) "$(EXTRAS)"
+	@touch $@
+
+.PHONY: $(VENV)/.given
+$(VENV)/.given:
+	$(PYTHON) tools/install_here.py
+
+clean:
+	rm -rf build dist $(VENV)/.ready
