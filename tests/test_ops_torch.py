@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the ops meet PyTorch: opcheck, torch.compile, autocast, inference mode, torch.func."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fusae
+from fusae import _dispatch
+from fusae.testing import CASES, Target, assert_equal, targets
+
+RAW = ("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd")
+TARGETS = targets(*RAW)
+each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+
+
+def _raw_calls(target: Target):
+    """Raw ops with the arguments that public calls give them: ``(op, args, kwargs)``."""
+    seen = []
+
+    def spy(op, args, kwargs, backend=None, original=_dispatch.select):
+        run = original(op, args, kwargs, backend)
+
+        def record(*args, **kwargs):
+            seen.append((op, args, kwargs))
+            return run(*args, **kwargs)
+
+        return record
+
+    original, _dispatch.select = _dispatch.select, spy
+    try:
+        wanted = ("topk-n37-m96", "encode_topk-n36", "encode_topk-n37-d64-m5000-k16-aux_all",
+                  "decode-n36", "decode-n5-d7-m63-k1-normal-ragged", "adam_rows_-m300-d96-masked", "adam_rows_-m1-")  # fmt: skip
+        for case in CASES:
+            if not str(case).startswith(wanted):
+                continue
+            inputs = case.inputs(torch.float32, device=target.device)
+            if "W_enc" in inputs:
+                inputs["x"].requires_grad_(), inputs["W_enc"].requires_grad_()
+            if "W_dec" in inputs:
+                inputs["codes"].values.requires_grad_(), inputs["W_dec"].requires_grad_()
+            if "pre" in inputs:
+                inputs["pre"].requires_grad_()
+            with target.active():
+                for extra in ({}, {"sparse_grad": True}) if case.op in ("encode_topk", "decode") else ({},):
+                    out = case.call({**inputs, **extra})
+                    for o in out if isinstance(out, tuple) else (out,):
+                        if o is not None:
+                            (o.values if isinstance(o, fusae.SparseCodes) else o).sum().backward(retain_graph=True)
+    finally:
+        _dispatch.select = original
+    return seen
+
+
+@each_target
+def test_opcheck_of_every_raw_op(target):
+    """Schema (what is mutated), fake tensors, and ahead-of-time dispatch with dynamic sizes."""
+    calls = _raw_calls(target)
+    assert {op for op, _, _ in calls} == set(_dispatch.ops())
+    with target.active():
+        for name, args, kwargs in calls:
+            op = getattr(torch.ops.fusae, name).default
+            args = tuple(a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args)
+            torch.library.opcheck(op, args, kwargs)
+
+
+# --- torch.compile --------------------------------------------------------------------------------------------------
+
+
+def _step(x, W_enc, b_enc, W_dec, b_dec, k):
+    codes = fusae.encode_topk(x, W_enc, b_enc, k)
+    return fusae.decode(codes, W_dec, b_dec), codes.values, codes.indices
+
+
+def _aux_step(x, W_enc, b_enc, W_dec, b_dec, k):
+    mask = b_enc > 0
+    codes, aux = fusae.encode_topk(x, W_enc, b_enc, k, "none", aux_mask=mask, k_aux=2 * k)
+    return fusae.decode(codes, W_dec, b_dec), aux.values, aux.indices
+
+
+def _topk_step(x, W_enc, b_enc, W_dec, b_dec, k):
+    codes = fusae.topk(torch.nn.functional.linear(x, W_enc, b_enc), k)
+    return fusae.decode(codes, W_dec, b_dec), codes.values, codes.indices
+
+
+def _parameters(m=40, d=8):
+    return [t.requires_grad_() for t in (torch.randn(m, d), torch.randn(m), torch.randn(m, d), torch.randn(d))]
+
+
+@each_target
+@pytest.mark.parametrize("step", [_step, _aux_step, _topk_step], ids=["main", "aux", "topk"])
+def test_compile_whole_graph_once_for_all_sizes(target, step):
+    """``fullgraph=True``, one compilation for every n and k, same bits as eager, forward and backward."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    parameters = _parameters()
+    with target.active():
+        for n, k in ((5, 3), (9, 3), (9, 4), (33, 7)):
+            x = torch.randn(n, 8)
+            wanted, got = step(x, *parameters, k), compiled(x, *parameters, k)
+            for a, b in zip(got, wanted, strict=True):
+                assert_equal(a, b)
+            for a, b in zip(
+                torch.autograd.grad(got[0].pow(2).sum() + got[1].sum(), parameters),
+                torch.autograd.grad(wanted[0].pow(2).sum() + wanted[1].sum(), parameters),
+                strict=True,
+            ):
+                assert_equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_compile_bad_arguments_still_raise():
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, W, k: fusae.encode_topk(x, W, None, k).values, backend="eager", dynamic=True)
+    with pytest.raises(Exception, match="k must be between 1 and m = 40, got 41"):
+        compiled(torch.randn(5, 8), torch.randn(40, 8), 41)
+
+
+def test_compile_keeps_the_backend_it_was_traced_with():
+    torch._dynamo.reset()
+    x, W = torch.randn(5, 8), torch.randn(40, 8)
+    compiled = torch.compile(lambda x: fusae.topk(x @ W.T, 3, backend="reference").values, fullgraph=True, backend="aot_eager")
+    assert_equal(compiled(x), fusae.topk(x @ W.T, 3, backend="reference").values)
+
+
+def test_fake_tensors_past_two_to_the_31():
+    """Shapes alone: n·m, m·d and n·k beyond int32."""
+    with FakeTensorMode():
+        x, W = torch.empty(3_000_000, 4096), torch.empty(1 << 20, 4096)
+        values, indices, _, _ = torch.ops.fusae.encode_topk_fwd.default(
+            x, W, None, None, None, 1024, 0, "relu", "topk"
+        )
+        y = torch.ops.fusae.decode_fwd.default(values, indices, None, W, None)
+    assert values.shape == indices.shape == (3_000_000, 1024) and indices.dtype == torch.int32
+    assert y.shape == (3_000_000, 4096)
+
+
+# --- autocast, inference mode, torch.func ---------------------------------------------------------------------------
+
+
+@each_target
+def test_autocast(target):
+    """As ``linear``: inputs are taken in the autocast dtype, gradients come back in the dtype of the leaves."""
+    x, (W_enc, b_enc, W_dec, b_dec) = torch.randn(5, 8, requires_grad=True), _parameters()
+    half = [t.detach().bfloat16() for t in (x, W_enc, b_enc, W_dec, b_dec)]
+    with target.active():
+        with torch.autocast(target.device.type, torch.bfloat16):
+            y, values, indices = _step(x, W_enc, b_enc, W_dec, b_dec, 3)
+        y.float().pow(2).sum().backward()
+        wanted = _step(*half, 3)
+    assert y.dtype == values.dtype == torch.bfloat16 and indices.dtype == torch.int32
+    for got, want in zip((y, values, indices), wanted, strict=True):
+        assert_equal(got, want)
+    for leaf in (x, W_enc, b_enc, W_dec, b_dec):
+        assert leaf.grad.dtype == torch.float32 and leaf.grad.any()
+
+
+@each_target
+def test_autocast_takes_mixed_dtypes(target):
+    x, (W_enc, b_enc, W_dec, b_dec) = torch.randn(5, 8), _parameters()
+    with target.active(), torch.autocast(target.device.type, torch.bfloat16):
+        codes = fusae.encode_topk(x.bfloat16(), W_enc, b_enc, 3)
+        assert fusae.decode(codes, W_dec, b_dec).dtype == torch.bfloat16
+
+
+@each_target
+def test_inference_mode(target):
+    x, parameters = torch.randn(5, 8), _parameters()
+    with target.active():
+        wanted = _step(x, *parameters, 3)
+        with torch.inference_mode():
+            got = _step(x, *parameters, 3)
+            inside = torch.randn(5, 8)
+            fusae.topk(inside, 3)
+    assert got[0].is_inference() and not got[0].requires_grad
+    for a, b in zip(got, wanted, strict=True):
+        assert_equal(a, b.detach())
+
+
+@each_target
+def test_torch_func_grad(target):
+    x, parameters = torch.randn(5, 8), [p.detach() for p in _parameters()]
+
+    def loss(parameters):
+        y, values, _ = _step(x, *parameters, 3)
+        return (y - x).pow(2).sum() + values.sum()
+
+    with target.active():
+        got = torch.func.grad(loss)(parameters)
+        leaves = [p.clone().requires_grad_() for p in parameters]
+        wanted = torch.autograd.grad(loss(leaves), leaves)
+    for a, b in zip(got, wanted, strict=True):
+        assert_equal(a, b)
+
+
+@each_target
+def test_functional_call_and_checkpointing(target):
+    from torch.utils.checkpoint import checkpoint
+
+    x, parameters = torch.randn(5, 8), _parameters()
+    with target.active():
+        plain = torch.autograd.grad(_step(x, *parameters, 3)[0].sum(), parameters)
+        saved = checkpoint(lambda *p: _step(x, *p, 3)[0], *parameters, use_reentrant=False)
+        again = torch.autograd.grad(saved.sum(), parameters)
+    for a, b in zip(again, plain, strict=True):
+        assert_equal(a, b)
