@@ -16,7 +16,7 @@ RUN    ?= runs/demo
 .PHONY: demo test test-kernels bench lint sanitize wheel clean
 
 demo: $(ENV)
-	$(PY) -m fusae.cli demo --out $(RUN)
+	$(PY) -m fusae demo --out $(RUN)
 
 test: $(ENV)
 	$(PY) -m pytest -q -m "not kernels"

@@ -1,4 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-from .info import report
+"""``python -m fusae``: what can run here. ``python -m fusae COMMAND``: the command line."""
 
-print(report())
+import sys
+
+if len(sys.argv) > 1:
+    from .cli import main
+
+    main()
+else:
+    from .info import report
+
+    print(report())
