@@ -67,7 +67,9 @@ def test_train_and_report(capsys, tmp_path, rows):
 
 def test_options_win_over_the_file(capsys, tmp_path, rows):
     file = tmp_path / "run.toml"
-    file.write_text(f'data = "{rows}"\nout = "{tmp_path / "run"}"\nm = 40\nk = 5\nbatch_size = 32\nscale_input = true\n')
+    file.write_text(
+        f'data = "{rows}"\nout = "{tmp_path / "run"}"\nm = 40\nk = 5\nbatch_size = 32\nscale_input = true\n'
+    )
     assert run(capsys, "train", str(file), "--k", "2", "--no-scale-input", "--quiet")[0] == 0
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["train"]["k"] == 2 and about["train"]["m"] == 40 and about["train"]["scale_input"] is False

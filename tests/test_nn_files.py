@@ -142,7 +142,10 @@ def test_configuration_that_does_not_fit(folder, changes, message):
     [
         (lambda w: w.pop("b_dec"), "tensors lacks 'b_dec'; it has 'W_dec', 'W_enc', 'b_enc'"),
         (lambda w: w.update(extra=torch.zeros(2)), "tensors has 'extra', which the configuration does not call for"),
-        (lambda w: w.update(W_enc=torch.zeros(6, 20)), r"tensors.W_enc must be float32 \[20, 6\], got float32 \[6, 20\]"),
+        (
+            lambda w: w.update(W_enc=torch.zeros(6, 20)),
+            r"tensors.W_enc must be float32 \[20, 6\], got float32 \[6, 20\]",
+        ),
         (lambda w: w.update(b_enc=torch.zeros(20).half()), r"tensors.b_enc must be float32 \[20\], got float16 \[20\]"),
         (lambda w: w.update(b_enc=torch.zeros(20).int()), r"tensors.b_enc must be float32 \[20\], got I32 \[20\]"),
     ],

@@ -186,7 +186,7 @@ def test_masked_steps_leave_latents_that_did_not_fire():
 
 
 def test_no_tensor_of_all_pre_activations_or_all_gathered_rows():
-    """Nothing that a step makes outside the ops is as large as [n, m] or [n·k, d]; weights are smaller than both here."""
+    """Nothing that a step makes outside the ops is as large as [n, m] or [n·k, d]; the weights here are smaller."""
     n, seen = 64, []
 
     class Sizes(TorchDispatchMode):
@@ -263,7 +263,7 @@ def test_resume_refuses_another_configuration(tmp_path):
     Trainer(config(), x, run, show=False).run(until=3)
     with pytest.raises(ValueError, match="k is 4, the run to resume has 3; start a new run"):
         Trainer(config(k=4), x, run, resume=True, show=False)
-    with pytest.raises(FileExistsError, match="holds a run .*resume it, overwrite it, or take another folder"):
+    with pytest.raises(FileExistsError, match="holds a run .*resume it, overwrite it, or take another one"):
         Trainer(config(), x, run, show=False)
     resumed = Trainer(config(log_every=1), x, run, resume=True, show=False)
     assert resumed.config.log_every == 1
@@ -282,8 +282,8 @@ def test_damaged_checkpoints(tmp_path):
     path.write_bytes(whole[:-10])
     with pytest.raises(FormatError, match="checkpoint.safetensors: truncated, damaged or no safetensors file"):
         Trainer(None, x, run, resume=True, show=False)
-    path.write_bytes((SparseCoder.load(train(config(), x, tmp_path / "b", show=False).save(run / "c")) and
-                      (run / "c" / "coder.safetensors").read_bytes()))  # fmt: skip
+    path.write_bytes(SparseCoder.load(train(config(), x, tmp_path / "b", show=False).save(run / "c")) and
+                      (run / "c" / "coder.safetensors").read_bytes())  # fmt: skip
     with pytest.raises(FormatError, match="field 'format' must be 'fusae.Trainer', got 'fusae.SparseCoder'"):
         Trainer(None, x, run, resume=True, show=False)
 
@@ -319,7 +319,7 @@ def poisoned(rows):
     [
         (lambda: torch.zeros(0, D), {}, ValueError, r"data must hold at least one row .* got shape \[0, 12\]"),
         (lambda: torch.zeros(5), {}, ValueError, r"data must have shape \[n, d\], one row per token, got \[5\]"),
-        (lambda: torch.zeros(64, D, dtype=torch.int64), {}, TypeError, "must hold floating-point values, got torch.int64"),
+        (lambda: torch.zeros(64, D, dtype=torch.int64), {}, TypeError, "must hold floating-point values, got torch"),
         (lambda: [[1.0]], {}, TypeError, "data must be a tensor or array .* got list"),
         (lambda: torch.ones(64, D), {}, ValueError, "the first 64 rows are all the same"),
         (lambda: data(20), {}, ValueError, "batch_size 32 exceeds the 20 rows"),

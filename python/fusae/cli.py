@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -31,7 +31,7 @@ def info() -> None:
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="directory that `fusae train` wrote")],
-    out: Annotated[Optional[Path], typer.Option(help="HTML file to write; default: RUN/report.html")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; default: RUN/report.html")] = None,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network."""
     from .eval.report import write_report
@@ -51,22 +51,24 @@ def config(
 
 def _train(
     file: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Argument(
             metavar="CONFIG",
             help="TOML or JSON file with any of the fields below, and `data` and `out`; options given here win",
         ),
     ] = None,
     data: Annotated[
-        Optional[str],
-        typer.Option(help="rows to train on: a .npy file (tokens x width), or a folder of activations", show_default=False),
+        str | None,
+        typer.Option(
+            help="rows to train on: a .npy file (tokens x width), or a folder of activations", show_default=False
+        ),
     ] = None,
     out: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="directory of the run: config, metrics, checkpoint, coder", show_default=False),
     ] = None,
     resume: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(help="go on with the unfinished run in this directory", metavar="RUN", show_default=False),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a run that is in --out")] = False,
@@ -133,7 +135,7 @@ def _with_fields(command: Any) -> Any:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[Optional[kind], option],
+                annotation=Annotated[kind | None, option],
             )
         )
     command.__signature__ = signature.replace(parameters=parameters)

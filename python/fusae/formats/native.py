@@ -114,8 +114,8 @@ def load_pair(
     """Read what `save_pair` wrote.
 
     `expected` turns the stored configuration into a checked one and into the shapes and dtypes that follow from it; its
-    TypeError or ValueError is raised as a `FormatError` that names the file. Both files are checked against it in full before
-    a tensor is read; the tensors then come one at a time.
+    TypeError or ValueError is raised as a `FormatError` that names the file. Both files are checked against it in full
+    before a tensor is read; the tensors then come one at a time.
     """
     json_path, path = folder / f"{stem}.json", folder / f"{stem}.safetensors"
     about = read_json(json_path, f"a folder written by {name}.save")

@@ -13,8 +13,8 @@ from ..codes import SparseCodes
 class DeadLatents:
     """Counts, for every latent, the tokens since it last fired. Never reads from the device.
 
-    Fired means: value != 0. A latent that was selected with value 0 (padding of a row with fewer than k positives) has not
-    fired. A latent is dead when it has not fired for `window` tokens.
+    Fired means: value != 0. A latent that was selected with value 0 (padding of a row with fewer than k positives) has
+    not fired. A latent is dead when it has not fired for `window` tokens.
 
     Attributes:
         tokens_since_fired: int64 ``[m]``.

@@ -43,8 +43,8 @@ class CoderLoss:
 class _PreBias(torch.autograd.Function):
     """`b_enc` as it is; its gradient also reaches `b_dec`, which was subtracted from the input.
 
-    The pre-activation is ``W_enc (x - b_dec) + b_enc``, so ``∂/∂b_dec = -(∂/∂b_enc) W_enc``: one product with the summed
-    gradient in place of the gradient of every row of x.
+    The pre-activation is ``W_enc (x - b_dec) + b_enc``, so ``∂/∂b_dec = -(∂/∂b_enc) W_enc``: one product with the
+    summed gradient in place of the gradient of every row of x.
     """
 
     @staticmethod
@@ -80,8 +80,8 @@ class _Cast(torch.autograd.Function):
 class SparseCoder(nn.Module):
     """Top-k sparse autoencoder: ``codes = top-k(W_enc (x - b_dec) + b_enc)``, ``x̂ = Σ_j v_j W_dec[i_j] + b_dec``.
 
-    Parameters (row = latent): `W_enc` ``[m, d]``, `b_enc` ``[m]``, `W_dec` ``[m, d]``, `b_dec` ``[d]``. They start tied:
-    decoder rows are random directions of unit norm, ``W_enc = W_dec``, biases 0.
+    Parameters (row = latent): `W_enc` ``[m, d]``, `b_enc` ``[m]``, `W_dec` ``[m, d]``, `b_dec` ``[d]``. They start
+    tied: decoder rows are random directions of unit norm, ``W_enc = W_dec``, biases 0.
 
     Args:
         config: a `SparseCoderConfig`.
@@ -120,8 +120,8 @@ class SparseCoder(nn.Module):
             aux_mask: bool ``[m]``, true at dead latents: also return the top-`k_aux` among those, from the same pass.
 
         Returns:
-            `SparseCodes` ``[..., k]``, or a pair (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach x, `W_enc`,
-            `b_enc` and `b_dec` through both.
+            `SparseCodes` ``[..., k]``, or a pair (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach
+            x, `W_enc`, `b_enc` and `b_dec` through both.
         """
         self._check_input(x)
         config = self.config
@@ -216,7 +216,7 @@ class SparseCoder(nn.Module):
         )
 
     def _decode_both(self, codes: SparseCodes, aux: SparseCodes) -> tuple[Tensor, Tensor]:
-        """``(decode(codes) + b_dec, decode(aux))`` in one pass, so that `W_dec` gets one gradient, not two to add up."""
+        """``(decode(codes) + b_dec, decode(aux))`` in one pass: one gradient of `W_dec`, not two to add up."""
         n, k, k_aux = len(codes), codes.values.shape[1], aux.values.shape[1]
         device = codes.device
         offsets = torch.cat([torch.arange(n, device=device) * k, torch.arange(n + 1, device=device) * k_aux + n * k])
@@ -281,13 +281,13 @@ class SparseCoder(nn.Module):
         return self
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``coder.safetensors`` and ``coder.json`` into `folder` (made if absent). Each file appears whole or not."""
+        """Write ``coder.safetensors`` and ``coder.json`` into `folder` (made if absent), each whole or not at all."""
         weights = {name: getattr(self, name) for name in _tensors(self.config)}
         for name, (_, dtype) in _tensors(self.config).items():
             if weights[name].dtype != dtype:
                 raise ValueError(
-                    f"{name} is {weights[name].dtype}, config.dtype says {self.config.dtype!r}: the module was cast after "
-                    "construction; make a SparseCoder of the wanted dtype and load_state_dict into it"
+                    f"{name} is {weights[name].dtype}, config.dtype says {self.config.dtype!r}: the module was cast "
+                    "after construction; make a SparseCoder of the wanted dtype and load_state_dict into it"
                 )
         save_pair(Path(folder), STEM, FORMAT, VERSION, self.config.to_dict(), weights)
         return Path(folder)

@@ -28,8 +28,8 @@ class SparseCoderConfig:
         k: latents active per row, ``1 <= k <= m``.
         activation: 'relu' (a selected latent at or below 0 gets value 0) or 'none'.
         select: 'topk' by pre-activation, or 'abs' by its magnitude (wants activation 'none').
-        select_by_norm: select by pre-activation times the norm of the latent's decoder row, for dictionaries whose decoder
-            rows are not of unit norm.
+        select_by_norm: select by pre-activation times the norm of the latent's decoder row, for dictionaries whose
+            decoder rows are not of unit norm.
         k_aux: latents in the AuxK selection, ``0 <= k_aux <= m``; 0: the coder has none.
         dtype: of the parameters: 'float32', 'bfloat16', 'float16' or 'float64'.
 
@@ -53,7 +53,9 @@ class SparseCoderConfig:
         _fields.choice("activation", self.activation, ("relu", "none"))
         _fields.choice("select", self.select, ("topk", "abs"))
         if self.select == "abs" and self.activation != "none":
-            raise ValueError(f"activation must be 'none' with select 'abs' (values are signed), got {self.activation!r}")
+            raise ValueError(
+                f"activation must be 'none' with select 'abs' (values are signed), got {self.activation!r}"
+            )
         _fields.flag("select_by_norm", self.select_by_norm)
         _fields.whole("k_aux", self.k_aux, 0, self.m, "m")
         _fields.choice("dtype", self.dtype, tuple(DTYPES))

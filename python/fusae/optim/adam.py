@@ -138,12 +138,12 @@ class Adam(torch.optim.Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scale all gradients so that their joint Euclidean norm is at most `max_norm`. Never reads from the device.
 
-        Sparse gradients are taken as they are (``torch.nn.utils.clip_grad_norm_`` refuses them). Where a group projects,
-        the norm is that of the projected gradient: the order is project, clip, step.
+        Sparse gradients are taken as they are (``torch.nn.utils.clip_grad_norm_`` refuses them). Where a group
+        projects, the norm is that of the projected gradient: the order is project, clip, step.
 
         Returns:
-            The norm before clipping, a scalar on the device of the gradients. A non-finite norm scales nothing away: the
-            gradients become NaN, as with torch's function.
+            The norm before clipping, a scalar on the device of the gradients. A non-finite norm scales nothing away:
+            the gradients become NaN, as with torch's function.
         """
         _fields.number("max_norm", max_norm, above=True)
         squares, grads = [], []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole state of a run in one file, written atomically: going on from it gives the same bits as never having stopped."""
+"""The whole state of a run in one atomically written file: going on from it gives the bits of never having stopped."""
 
 from __future__ import annotations
 

@@ -38,7 +38,9 @@ class TrainConfig:
     optimizer: str = _field(
         "dense", "'dense': Adam, exactly; 'masked': a step changes only latents that fired in it (as SparseAdam)"
     )
-    unit_decoder: bool = _field(True, "keep decoder rows at unit norm (gradient projected, rows renormalised each step)")
+    unit_decoder: bool = _field(
+        True, "keep decoder rows at unit norm (gradient projected, rows renormalised each step)"
+    )
     select_by_norm: bool = _field(False, "select latents by activation times decoder norm (for unit_decoder = false)")
     k_aux: int | None = _field(None, "dead latents in the AuxK term; 0: no such term; default: d / 2, at most m")
     aux_coefficient: float = _field(1 / 32, "weight of the AuxK term")
@@ -97,7 +99,7 @@ class TrainConfig:
             tokens_per_epoch: tokens in the whole batches of one pass, or None if the data cannot tell.
 
         Raises:
-            ValueError: `d` is not that of the data; fewer tokens than one batch; no `tokens` where the data cannot tell.
+            ValueError: `d` is not that of the data; fewer tokens than one batch; no `tokens`, and data without length.
         """
         if self.d is not None and self.d != d:
             raise ValueError(f"d must be the width of the data, {d}, got {self.d}")

@@ -23,9 +23,7 @@ CONFIG, METRICS, CODER = "config.json", "metrics.jsonl", "coder"
 _FREE = ("log_every", "checkpoint_every", "device")
 
 
-def prepare(
-    run_dir: Path | None, config: TrainConfig | None, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+def prepare(run_dir: Path | None, config: TrainConfig | None, resume: bool, overwrite: bool) -> dict[str, Any] | None:
     """What the checkpoint to resume says, or None for a new run, whose directory is then free."""
     if config is not None and not isinstance(config, TrainConfig):
         raise TypeError(f"config must be a fusae.train.TrainConfig, got {type(config).__name__}")
@@ -41,7 +39,7 @@ def prepare(
         present = [name for name in (CONFIG, METRICS, checkpoint.NAME, CODER) if (run_dir / name).exists()]
         if present and not overwrite:
             raise FileExistsError(
-                f"run_dir: {run_dir} holds a run ({', '.join(present)}); resume it, overwrite it, or take another folder"
+                f"run_dir: {run_dir} holds a run ({', '.join(present)}); resume it, overwrite it, or take another one"
             )
     return None
 
@@ -54,7 +52,9 @@ def merge(given: TrainConfig | None, stored: TrainConfig) -> TrainConfig:
         mine, theirs = getattr(given, field.name), getattr(stored, field.name)
         derived = mine is None or (field.name == "tokens" and mine // stored.batch_size * stored.batch_size == theirs)
         if field.name not in _FREE and not derived and mine != theirs:
-            raise ValueError(f"{field.name} is {mine!r}, the run to resume has {theirs!r}; start a new run to change it")
+            raise ValueError(
+                f"{field.name} is {mine!r}, the run to resume has {theirs!r}; start a new run to change it"
+            )
     return dataclasses.replace(stored, **{name: getattr(given, name) for name in _FREE})
 
 

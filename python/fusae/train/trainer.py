@@ -33,8 +33,8 @@ class Trainer:
     Args:
         config: a `TrainConfig`; None to resume with that of the checkpoint.
         data: a tensor or array ``[n, d]``, a ``.npy`` path, a folder of activations, or an object with
-            ``batches(batch_size, seed, epochs)`` (an iterator of ``[n, d]`` batches with `state_dict` and `load_state_dict`) and
-            ``shape``.
+            ``batches(batch_size, seed, epochs)`` (an iterator of ``[n, d]`` batches with `state_dict` and
+            `load_state_dict`) and ``shape``.
         run_dir: where config.json, metrics.jsonl, the checkpoint and the finished coder go; None writes nothing.
         resume: go on from the checkpoint in `run_dir`.
         overwrite: replace a run that is in `run_dir`.
@@ -136,15 +136,13 @@ class Trainer:
         return x
 
     def train_step(self, x: Tensor) -> CoderLoss:
-        """One step on a batch ``[n, d]`` of unscaled rows: loss, gradients, optimiser, counters. No host sync on a GPU."""
+        """One step on a batch ``[n, d]`` of unscaled rows: loss, gradients, optimiser, counters. No host sync."""
         config, coder = self.config, self.coder
         x = x.to(self.device, coder.W_dec.dtype) * self.scale
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
         with self._autocast():
-            result = coder.loss(
-                x, self._dead_mask(), aux_coefficient=config.aux_coefficient, variance=self.variance
-            )
+            result = coder.loss(x, self._dead_mask(), aux_coefficient=config.aux_coefficient, variance=self.variance)
         result.loss.backward()
         if config.clip_norm is not None:
             self.optimizer.clip_grad_norm_(config.clip_norm)
@@ -258,7 +256,8 @@ class Trainer:
         x = self._checked(x, f"step {self.step + 1}")
         if x.shape[0] != self.config.batch_size:
             raise ValueError(
-                f"data: step {self.step + 1}: a batch must have batch_size = {self.config.batch_size} rows, got {x.shape[0]}"
+                f"data: step {self.step + 1}: a batch must have batch_size = {self.config.batch_size} rows, "
+                f"got {x.shape[0]}"
             )
         return x
 
