@@ -14,10 +14,11 @@ from .. import _dispatch
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A backend, on the CPU with one of its instruction sets."""
+    """A backend; on the CPU with one of its instruction sets, and one way to take the products of `encode_topk`."""
 
     backend: str
     isa: str | None = None
+    gemm: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -32,15 +33,19 @@ class Target:
                 from ..backends import cpu
 
                 stack.enter_context(cpu.force_isa(self.isa))
+                stack.enter_context(cpu.force_gemm(self.gemm or "auto"))
             stack.enter_context(_dispatch.backend(self.backend))
             yield
 
     def __str__(self) -> str:
-        return self.backend if self.isa is None else f"{self.backend}.{self.isa}"
+        return ".".join(filter(None, (self.backend, self.isa, self.gemm)))
 
 
-def targets(*raw_ops: str) -> list[Target]:
-    """Targets that have all these raw ops on this machine, in the order of dispatch."""
+def targets(*raw_ops: str, gemms: bool = False) -> list[Target]:
+    """Targets that have all these raw ops on this machine, in the order of dispatch.
+
+    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's.
+    """
     found = []
     for backend in _dispatch.ORDER:
         if any(_dispatch.why_not(op, backend, static=True) is not None for op in raw_ops):
@@ -48,7 +53,8 @@ def targets(*raw_ops: str) -> list[Target]:
         if backend == "cpu":
             from ..backends import cpu
 
-            found += [Target(backend, isa) for isa in cpu.isas()]
+            products = ("native", "torch") if gemms else (None,)
+            found += [Target(backend, isa, gemm) for isa in cpu.isas() for gemm in products]
         else:
             found.append(Target(backend))
     return found
