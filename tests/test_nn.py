@@ -108,6 +108,15 @@ def test_loss_and_its_gradients_equal_the_written_out_loss(dead, sparse_grad):
     assert torch.equal(result.codes.to_dense(), coder.encode(x).to_dense())
 
 
+def test_a_narrower_aux_selection_only_has_less_padding():
+    coder, x, dead = make(), rows(), torch.arange(M) < 2
+    full, narrow = coder.loss(x, dead), coder.loss(x, dead, k_aux=2)
+    torch.testing.assert_close(full.loss, narrow.loss)
+    for mine, other in zip(gradients(full.loss, coder), gradients(narrow.loss, coder), strict=True):
+        torch.testing.assert_close(mine, other)
+    assert coder.encode(x, dead, 2)[1].values.shape == (N, 2)
+
+
 def test_loss_divides_by_the_given_variance():
     coder, x = make(), rows()
     expected, _ = dense_loss(coder, x, None, 0.0, variance=2.5)

@@ -112,12 +112,16 @@ class SparseCoder(nn.Module):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config.to_dict().items())
 
-    def encode(self, x: Tensor, aux_mask: Tensor | None = None) -> SparseCodes | tuple[SparseCodes, SparseCodes]:
+    def encode(
+        self, x: Tensor, aux_mask: Tensor | None = None, k_aux: int | None = None
+    ) -> SparseCodes | tuple[SparseCodes, SparseCodes]:
         """The active latents of every row.
 
         Args:
             x: ``[..., d]`` in the dtype of the parameters (any float under ``torch.autocast``).
             aux_mask: bool ``[m]``, true at dead latents: also return the top-`k_aux` among those, from the same pass.
+            k_aux: width of that selection (default: ``config.k_aux``). Pass the number of dead latents where it is
+                smaller and known: the result has less padding, which costs time and changes nothing.
 
         Returns:
             `SparseCodes` ``[..., k]``, or a pair (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach
@@ -140,7 +144,7 @@ class SparseCoder(nn.Module):
             config.select,
             norms=norms,
             aux_mask=aux_mask,
-            k_aux=0 if aux_mask is None else config.k_aux,
+            k_aux=0 if aux_mask is None else config.k_aux if k_aux is None else k_aux,
             sparse_grad=self.sparse_grad,
         )
 
@@ -156,6 +160,7 @@ class SparseCoder(nn.Module):
         self,
         x: Tensor,
         dead: Tensor | None = None,
+        k_aux: int | None = None,
         *,
         aux_coefficient: float = 1 / 32,
         variance: Tensor | float | None = None,
@@ -167,6 +172,7 @@ class SparseCoder(nn.Module):
             dead: bool ``[m]``, or None for no AuxK term. The dead latents' best `k_aux` reconstruct the residual
                 ``x - x̂`` (detached), without `b_dec`; normalised by the variance of the residual; 0 where that is 0 or
                 nothing is dead.
+            k_aux: as in `encode`.
             aux_coefficient: weight of the AuxK term.
             variance: mean squared distance of the data from their mean, by which the error is divided; None: that of
                 the batch.
@@ -188,7 +194,7 @@ class SparseCoder(nn.Module):
             codes = self.encode(x)
             reconstruction, aux_reconstruction = self.decode(codes), None
         else:
-            codes, aux_codes = self.encode(x, dead)
+            codes, aux_codes = self.encode(x, dead, k_aux)
             reconstruction, aux_reconstruction = self._decode_both(codes, aux_codes)
         target = x.to(acc)
         error = reconstruction.to(acc) - target

@@ -142,7 +142,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
         with self._autocast():
-            result = coder.loss(x, self._dead_mask(), aux_coefficient=config.aux_coefficient, variance=self.variance)
+            result = coder.loss(x, *self._dead(), aux_coefficient=config.aux_coefficient, variance=self.variance)
         result.loss.backward()
         if config.clip_norm is not None:
             self.optimizer.clip_grad_norm_(config.clip_norm)
@@ -156,12 +156,16 @@ class Trainer:
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
-    def _dead_mask(self) -> Tensor | None:
-        if self.config.k_aux == 0 or self.tokens < self.config.dead_window:
-            return None  # nothing can be dead yet
+    def _dead(self) -> tuple[Tensor | None, int]:
+        """Mask of the dead latents and how many of them AuxK takes; (None, 0) where nothing is dead."""
+        k_aux = self.config.k_aux
+        if k_aux == 0 or self.tokens < self.config.dead_window:
+            return None, 0  # nothing can be dead yet
         mask = self.dead.mask()
-        # Only where reading it costs nothing: an empty mask is fine, a second selection over it is wasted work.
-        return None if mask.device.type == "cpu" and not mask.any() else mask
+        # Counted only where reading costs nothing. Too wide a selection, or one from an empty mask, only wastes work.
+        if mask.device.type == "cpu":
+            k_aux = min(k_aux, int(mask.sum()))
+        return (mask, k_aux) if k_aux else (None, 0)
 
     @torch.no_grad()
     def _account(self, x: Tensor, result: CoderLoss) -> None:
