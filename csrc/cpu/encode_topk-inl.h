@@ -20,23 +20,23 @@ constexpr int64_t SLAB = 2048;  // latents packed together: a multiple of BLOCK
 constexpr int64_t DEPTH = 640;
 constexpr int64_t GROUP = 224 / MR;  // panels of rows that pass a panel of W one after the other
 
-// Packs `count` rows of src (row r at src + r * stride) as dst[j * width + r], zero rows up to width.
+// Packs `count` rows of src (row r at src + r * stride, column j at + j * step) as dst[j * width + r], zero rows up to width.
 template <class T>
 inline void pack(float* dst, const T* src, int64_t stride, int64_t step, int64_t count, int64_t width, int64_t d) {
-  if (count < width) std::memset(dst, 0, static_cast<size_t>(width * d) * sizeof(float));
+  int64_t j = 0;
   if (step == 1) {
-    constexpr int64_t STRIP = 64;  // columns at a time, so that what is written stays in the inner cache
-    for (int64_t begin = 0; begin < d; begin += STRIP) {
-      const int64_t end = begin + STRIP < d ? begin + STRIP : d;
-      for (int64_t r = 0; r < count; ++r) {
-        const T* row = src + r * stride;
-        for (int64_t j = begin; j < end; ++j) dst[j * width + r] = get(row + j);
+    for (; j + N < d; j += N) {  // never the last column: a store may run past it, into the next panel
+      for (int64_t first = 0; first < width; first += N) {
+        V block[N];
+        for (int64_t r = 0; r < N; ++r) block[r] = first + r < count ? load(src + (first + r) * stride + j) : zero();
+        transpose(block);
+        // Where width is no multiple of N, a store runs into the next column, which is written after it.
+        for (int64_t c = 0; c < N; ++c) store(dst + (j + c) * width + first, block[c]);
       }
     }
-  } else {  // a transposed view: neighbouring rows are neighbours in memory
-    for (int64_t j = 0; j < d; ++j) {
-      for (int64_t r = 0; r < count; ++r) dst[j * width + r] = get(src + r * stride + j * step);
-    }
+  }
+  for (; j < d; ++j) {
+    for (int64_t r = 0; r < width; ++r) dst[j * width + r] = r < count ? get(src + r * stride + j * step) : 0.0f;
   }
 }
 

@@ -33,6 +33,28 @@ inline void append(float* values, int32_t* index, V a, int32_t first, uint32_t b
   _mm512_storeu_ps(values, _mm512_maskz_compress_ps(static_cast<__mmask16>(bits), a));
   _mm512_storeu_si512(index, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), place));
 }
+// Rows become columns.
+inline void transpose(V (&r)[N]) {
+  V t[N];
+  for (int g = 0; g < 16; g += 4) {  // columns of 4 x 4 blocks, one block in each quarter of a vector
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r[g], r[g + 1]));
+    const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(r[g], r[g + 1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r[g + 2], r[g + 3]));
+    const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(r[g + 2], r[g + 3]));
+    t[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+    t[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+    t[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+    t[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+  }
+  for (int c = 0; c < 4; ++c) {  // then a transpose of the quarters
+    const V even0 = _mm512_shuffle_f32x4(t[c], t[c + 4], 0x88), even1 = _mm512_shuffle_f32x4(t[c + 8], t[c + 12], 0x88);
+    const V odd0 = _mm512_shuffle_f32x4(t[c], t[c + 4], 0xdd), odd1 = _mm512_shuffle_f32x4(t[c + 8], t[c + 12], 0xdd);
+    r[c] = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    r[c + 4] = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    r[c + 8] = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    r[c + 12] = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+}
 inline V load_bf16(const uint16_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -85,6 +107,23 @@ inline void append(float* values, int32_t* index, V a, int32_t first, uint32_t b
     const int i = __builtin_ctz(bits);
     *values++ = lane[i];
     *index++ = first + i;
+  }
+}
+inline void transpose(V (&r)[N]) {
+  V t[N];
+  for (int g = 0; g < 8; g += 4) {
+    const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r[g], r[g + 1]));
+    const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(r[g], r[g + 1]));
+    const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r[g + 2], r[g + 3]));
+    const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(r[g + 2], r[g + 3]));
+    t[g] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+    t[g + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+    t[g + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+    t[g + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+  }
+  for (int c = 0; c < 4; ++c) {
+    r[c] = _mm256_permute2f128_ps(t[c], t[c + 4], 0x20);
+    r[c + 4] = _mm256_permute2f128_ps(t[c], t[c + 4], 0x31);
   }
 }
 inline V load_bf16(const uint16_t* p) {
@@ -143,6 +182,15 @@ inline void append(float* values, int32_t* index, V a, int32_t first, uint32_t b
     const int i = __builtin_ctz(bits);
     *values++ = a.v[i];
     *index++ = first + i;
+  }
+}
+inline void transpose(V (&r)[N]) {
+  for (int i = 0; i < N; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float t = r[i].v[j];
+      r[i].v[j] = r[j].v[i];
+      r[j].v[i] = t;
+    }
   }
 }
 inline V load_bf16(const uint16_t* p) { V r; FUSAE_LANES r.v[i] = bf16_to_float(p[i]); return r; }
