@@ -234,7 +234,8 @@ class Trainer:
                     display.metrics(row, last=self.step == config.steps)
                     if on_log is not None:
                         on_log(row)
-                if config.checkpoint_every and self.step % config.checkpoint_every == 0 and self.step < goal:
+                due = config.checkpoint_every and self.step % config.checkpoint_every == 0
+                if due and self.run_dir is not None and self.step < goal:
                     self.save_checkpoint()
             if self.run_dir is None:
                 pass
