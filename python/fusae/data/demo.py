@@ -35,6 +35,11 @@ class DemoFiles:
     news: Path
     speeches: Path
 
+    @property
+    def sha256(self) -> dict[Path, str]:
+        """The pinned sum of each file."""
+        return {self.folder / m.name: m.sha256 for wheel in _WHEELS for m in wheel.members}
+
 
 @dataclasses.dataclass(frozen=True)
 class _Member:

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One look for every long loop over tokens: bar, tokens done, tokens per second, time left."""
+"""One look for every long loop over tokens: a live bar on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+# Seconds between two plain lines: a log file shows that the work goes on and stays readable.
+_LINE_EVERY = 15.0
 
 
 class _TokenRate(ProgressColumn):
@@ -13,15 +20,38 @@ class _TokenRate(ProgressColumn):
         return Text("- tokens/s" if speed is None else f"{speed:,.0f} tokens/s", style="progress.data.speed")
 
 
+class _TokenProgress(Progress):
+    """On a terminal a `rich` bar; elsewhere, where a bar cannot be redrawn, plain lines."""
+
+    _last_line = float("-inf")
+
+    def start(self) -> None:
+        self._last_line = time.monotonic()
+        super().start()
+
+    def update(self, task_id: TaskID, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        task, now = self._tasks[task_id], time.monotonic()
+        if self.disable or self.console.is_terminal or now - self._last_line < _LINE_EVERY or not task.speed:
+            return
+        self._last_line = now
+        left = (task.total - task.completed) / task.speed
+        self.console.print(
+            f"{task.description} {task.completed:,.0f}/{task.total:,.0f}  {task.speed:,.0f} tokens/s  left {left:,.0f} s",
+            highlight=False,
+        )
+
+
 def token_progress(enabled: bool = True) -> Progress:
-    """A `rich.progress.Progress` counted in tokens; a context manager. Prints nothing when `enabled` is false."""
-    return Progress(
+    """A `rich.progress.Progress` on stderr counted in tokens; a context manager. Prints nothing when `enabled` is false."""
+    return _TokenProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:>9,.0f}/{task.total:,.0f}"),
         _TokenRate(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        console=Console(stderr=True),
         disable=not enabled,
         # The default window of 30 s jumps about when one batch takes seconds.
         speed_estimate_period=120,

@@ -4,9 +4,11 @@
 from .language import logit_effects, loss_recovered
 from .metrics import ReconstructionMetrics, measure
 from .passages import choose_latents, token_strings, top_passages, write_features
+from .report import RunDirError, write_report
 
 __all__ = [
     "ReconstructionMetrics",
+    "RunDirError",
     "choose_latents",
     "logit_effects",
     "loss_recovered",
@@ -14,4 +16,5 @@ __all__ = [
     "token_strings",
     "top_passages",
     "write_features",
+    "write_report",
 ]

@@ -94,6 +94,7 @@ def _facts(run: RunData) -> dict[str, Any]:
         "model": source.get("model") or find(config, "model"),
         "module": source.get("module") or find(config, "module", "hook_name", "layer"),
         "text": source.get("text") or find(config, "text", "dataset", "corpus"),
+        "passages": source.get("passages"),
         "m": (run.evaluation or {}).get("latents") or find(config, "m", "latents", "n_latents", "d_sae"),
         "k": find(config, "k"),
         "d": find(config, "d", "d_in", "width", "d_model"),
