@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .demo.command import demo
+
 app = typer.Typer(
     help="Sparse dictionary learning: train sparse autoencoders and look at them.",
     no_args_is_help=True,
@@ -146,6 +148,9 @@ def _with_fields(command: Any) -> Any:
 app.command("train", help="Train a top-k sparse autoencoder on rows of activations; Ctrl-C saves it for --resume.")(
     _with_fields(_train)
 )
+
+
+app.command("demo")(demo)
 
 
 def main(arguments: list[str] | None = None) -> None:
