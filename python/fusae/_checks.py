@@ -66,6 +66,15 @@ def count(name: str, value: object, upper: int, upper_name: str, *, lower: int =
     return value
 
 
+def number(name: str, value: object) -> float:
+    """A finite number >= 0 (a rate, a decay, an epsilon)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+    return value
+
+
 def choice(name: str, value: object, options: tuple[str, ...]) -> str:
     if value not in options:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
@@ -83,7 +92,7 @@ def codes(name: str, value: object) -> SparseCodes:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under ``torch.autocast``, the tensors in the autocast dtype, as ``torch.nn.functional.linear`` would take them."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -105,7 +105,9 @@ class SparseCodes:
         indices, values = ragged.indices[:used].long(), ragged.values[:used]
         order = torch.argsort(ragged.row_ids()[:used] * self.m + indices)
         n = ragged.offsets.shape[0] - 1
-        return torch.sparse_csr_tensor(ragged.offsets, indices[order], values[order], size=(n, self.m))
+        return torch.sparse_csr_tensor(
+            ragged.offsets, indices[order], values[order], size=(n, self.m), check_invariants=False
+        )
 
     def flatten(self) -> SparseCodes:
         """The same codes with the leading dimensions of a fixed-width form joined into one."""

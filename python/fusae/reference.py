@@ -83,8 +83,12 @@ def _rows_of(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, slice]:
     if offsets is None:
         n, k = indices.shape
         return torch.arange(n, device=indices.device).repeat_interleave(k), slice(None)
-    used = int(offsets[-1])
-    width = offsets[1:] - offsets[:-1]
+    used, width = int(offsets[-1]), offsets[1:] - offsets[:-1]
+    if int(offsets[0]) != 0 or used > indices.shape[0] or bool((width < 0).any()):
+        raise IndexError(
+            f"offsets must rise from 0 to at most the storage of {indices.shape[0]} entries, got {int(offsets[0])} to {used}"
+            + (", falling between" if bool((width < 0).any()) else "")
+        )
     return torch.repeat_interleave(torch.arange(width.shape[0], device=indices.device), width), slice(0, used)
 
 
@@ -145,6 +149,8 @@ def decode_fwd(
     row, used = _rows_of(indices, offsets)
     n = indices.shape[0] if offsets is None else offsets.shape[0] - 1
     coef, latent = values.reshape(-1)[used].to(acc), indices.reshape(-1)[used].long()
+    if latent.numel() and int(latent.min()) < 0:  # indexing raises past m, but takes a negative one from the end
+        raise IndexError(f"indices must be in [0, {W_dec.shape[0]}), got {int(latent.min())}")
     y = torch.zeros(n, W_dec.shape[1], dtype=acc, device=W_dec.device)
     y.index_add_(0, row, _weighted_rows(coef, W_dec[latent].to(acc)))
     return (y if b_dec is None else y + b_dec.to(acc)).to(W_dec.dtype)

@@ -75,7 +75,11 @@ def adam_rows_(
     if grad.shape != param.shape:
         raise ValueError(f"grad must have shape {list(param.shape)} like param, got {list(grad.shape)}")
     _checks.like("grad", grad, "param", param)
-    if not isinstance(step, int) or step < 1:
+    if grad.layout not in (torch.strided, torch.sparse_coo):
+        raise ValueError(f"grad must be dense or torch.sparse_coo, got {grad.layout}")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        _checks.number(name, value)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise ValueError(f"step must be an int >= 1, got {step!r}")
     for name, value, low, high in (("beta1", betas[0], 0.0, 1.0), ("beta2", betas[1], 0.0, 1.0)):
         if not low <= value < high:
