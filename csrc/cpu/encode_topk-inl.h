@@ -15,9 +15,9 @@ constexpr int MR = 2;
 #endif
 constexpr int64_t NR = 2 * N;
 constexpr int64_t SLAB = 2048;  // latents packed together: a multiple of BLOCK
-// A wider d is cut into equal parts of at most this: a panel of x then stays in the inner cache and a group of them in the
-// next, and chains of sums stay short. Parts are added up through memory.
-constexpr int64_t DEPTH = 640;
+// A wider d is cut into equal parts of at most this, which are added up through memory: chains of sums stay short, so that
+// the rounding error stays that of a blocked library GEMM, and a panel of W stays in the inner cache.
+constexpr int64_t DEPTH = 192;
 constexpr int64_t GROUP = 224 / MR;  // panels of rows that pass a panel of W one after the other
 
 // Packs `count` rows of src (row r at src + r * stride, column j at + j * step) as dst[j * width + r], zero rows up to width.
