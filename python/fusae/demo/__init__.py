@@ -3,6 +3,6 @@
 
 from .config import BARS, DemoConfig
 from .inputs import DemoInputs, load_inputs
-from .run import DemoError, run
+from .stages import DemoError, run
 
 __all__ = ["BARS", "DemoConfig", "DemoError", "DemoInputs", "load_inputs", "run"]

@@ -25,7 +25,8 @@ class DemoConfig:
         epochs, batch_size, lr: of the training.
         ctx: tokens of a chunk of text; skip_positions: of these, how many at its start are left out.
         latents, passages: how many latents to show, and how many passages for each.
-        bench_rows, bench_rounds: rows of the measured training step, and how often it is timed.
+        bench_rows, bench_rounds: rows of the measured training step, how often it is timed, and bench_memory:
+            whether its peak memory is measured too, in processes of their own.
         seed: of weights and data order.
     """
 
@@ -43,12 +44,14 @@ class DemoConfig:
     passages: int = 6
     bench_rows: int = 2048
     bench_rounds: int = 5
+    bench_memory: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            if field.name != "lr":
+            if field.type == "int":
                 _fields.whole(field.name, getattr(self, field.name), 0 if field.name in ("seed", "skip_positions") else 1)
+        _fields.flag("bench_memory", self.bench_memory)
         _fields.number("lr", self.lr, above=True)
         _fields.whole("k", self.k, 1, self.m, "m")
         _fields.whole("loss_tokens", self.loss_tokens, 1, self.held_out, "held_out")
@@ -61,6 +64,7 @@ class DemoConfig:
         small = {
             "tokens": 4_000, "held_out": 1_000, "loss_tokens": 500, "m": 512, "k": 16, "epochs": 2, "batch_size": 256,
             "latents": 4, "passages": 3, "bench_rows": 256, "bench_rounds": 3,
+            "bench_memory": False,
         }  # fmt: skip
         return cls(**{**small, **given})
 

@@ -214,7 +214,9 @@ class _Demo:
         n = min(config.bench_rows, len(train))
         rows = train.take(slice(0, 3 * n))
         with self.console.status("timing"):
-            result = train_step_rows(n, train.shape[1], config.m, config.k, config.bench_rounds, data=rows, warmup=1)
+            result = train_step_rows(
+                n, train.shape[1], config.m, config.k, config.bench_rounds, rows, warmup=1, memory=config.bench_memory
+            )
         write_json(path, {"rows": [row.to_json() for row in result]})
 
     def describe(self, inputs: DemoInputs) -> None:
