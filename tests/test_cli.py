@@ -132,6 +132,11 @@ def test_errors_are_one_line(capsys, tmp_path, rows, arguments, message):
     assert status == 1 and message in said and said.count("\n") == 1
 
 
+def test_traceback_on_request(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        cli.main(["--traceback", "train", str(tmp_path / "nowhere.toml")])
+
+
 def test_unknown_option(capsys):
     status, _, said = run(capsys, "train", "--learning-rate", "1")
     assert status == 2 and "--learning-rate" in said

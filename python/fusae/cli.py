@@ -14,12 +14,22 @@ import typer
 
 from .demo.command import demo
 
+_traceback = False
+
 app = typer.Typer(
     help="Sparse dictionary learning: train sparse autoencoders and look at them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="show where in the code an error was raised")] = False,
+) -> None:
+    global _traceback
+    _traceback = traceback
 
 
 @app.command()
@@ -36,8 +46,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: RUN/report.html")] = None,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network."""
-    from .eval.report import write_report
-
+    try:
+        from .eval.report import write_report
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the report needs {error.name}: pip install 'fusae[report]'") from error
     print(write_report(run, out))
 
 
@@ -154,11 +166,11 @@ app.command("demo")(demo)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A known error is one line on stderr and exit status 1."""
+    """Run the command line. A known error is one line on stderr and exit status 1; ``--traceback`` shows the rest."""
     try:
         app(arguments)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
-        if isinstance(error, BrokenPipeError):
+        if _traceback or isinstance(error, BrokenPipeError):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

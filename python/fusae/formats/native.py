@@ -99,7 +99,7 @@ def save_pair(folder: Path, stem: str, name: str, version: int, config: dict, te
     import fusae
 
     about = {"format": name, "version": version, "save": secrets.token_hex(8)}
-    described = {k: {"shape": list(v.shape), "dtype": _dtype(v)} for k, v in tensors.items()}
+    described = _described({key: (list(value.shape), value.dtype) for key, value in tensors.items()})
     write_tensors(folder / f"{stem}.safetensors", tensors, about)
     write_json(folder / f"{stem}.json", {**about, "fusae": fusae.__version__, "config": config, "weights": described})
 
@@ -125,21 +125,28 @@ def load_pair(
     except (TypeError, ValueError) as error:
         raise FormatError(f"{json_path}: field 'config': {error}") from error
     stored = about.get("weights")
-    described = {k: {"shape": list(shape), "dtype": str(dtype)[6:]} for k, (shape, dtype) in tensors.items()}
     if not isinstance(stored, dict):
         raise FormatError(f"{json_path}: field 'weights' must be an object, got {type(stored).__name__}")
-    _same(json_path, "weights", described, stored)
+    _same(json_path, "weights", _described(tensors), stored)
     file, header = open_tensors(path, f"the weights that {json_path.name} describes")
     check_version(path, header, name, version)
     if header.get("save") != about.get("save"):
         raise FormatError(f"{path}: its mark 'save' is not that of {json_path.name}: the two are of different saves")
+    check_tensors(path, file, tensors)
+    return config, ((key, file.get_tensor(key)) for key in tensors)
+
+
+def check_tensors(path: Path, file: Any, tensors: Mapping[str, tuple[list[int], torch.dtype]]) -> None:
+    """An open safetensors file holds exactly these tensors; none is read."""
     found = {}
     for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
         part = file.get_slice(key)
-        dtype = _SAFETENSORS.get(part.get_dtype(), part.get_dtype())
-        found[key] = {"shape": list(part.get_shape()), "dtype": dtype}
-    _same(path, "tensors", described, found)
-    return config, ((key, file.get_tensor(key)) for key in tensors)
+        found[key] = {"shape": list(part.get_shape()), "dtype": _DTYPES.get(part.get_dtype(), part.get_dtype())}
+    _same(path, "tensors", _described(tensors), found)
+
+
+def _described(tensors: Mapping[str, tuple[list[int], torch.dtype]]) -> dict[str, dict[str, Any]]:
+    return {key: {"shape": list(shape), "dtype": str(dtype)[6:]} for key, (shape, dtype) in tensors.items()}
 
 
 def _same(where: Path, field: str, wanted: dict, got: dict) -> None:
@@ -159,8 +166,6 @@ def _show(described: Any) -> str:
     return f"{described['dtype']} {described['shape']}"
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype)[6:]
-
-
-_SAFETENSORS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U8": "uint8",
+}  # fmt: skip

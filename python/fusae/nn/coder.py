@@ -91,6 +91,11 @@ class SparseCoder(nn.Module):
             `fusae.optim.Adam` takes them. An attribute; can be changed at any time.
     """
 
+    W_enc: nn.Parameter
+    b_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_dec: nn.Parameter
+
     def __init__(
         self,
         config: SparseCoderConfig,

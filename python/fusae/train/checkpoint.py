@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formats.native import FormatError, check_version, open_tensors, write_tensors
+from ..formats.native import FormatError, check_tensors, check_version, open_tensors, write_tensors
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -65,7 +65,7 @@ def load_tensors(trainer: Trainer, path: Path) -> None:
     """Read the tensors of a checkpoint into a trainer of the same configuration, and restore torch's random state.
 
     Raises:
-        FormatError: a tensor is missing or of another shape or dtype; before any is changed.
+        FormatError: a tensor is missing, or of another shape or dtype; raised before any is read.
     """
     file, about = open_tensors(path, _WANTED)
     targets = _tensors(trainer)
@@ -74,19 +74,9 @@ def load_tensors(trainer: Trainer, path: Path) -> None:
         state = trainer.optimizer._state_of(param)
         state["step"] = step
         targets.update({f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)})
-    present = set(file.keys())
-    for name, target in targets.items():
-        if name not in present:
-            raise FormatError(f"{path}: lacks the tensor {name!r}")
-        shape = list(file.get_slice(name).get_shape())
-        if shape != list(target.shape):
-            raise FormatError(f"{path}: {name} must have shape {list(target.shape)}, got {shape}")
-    rng_state = targets.pop("rng_state")
+    check_tensors(path, file, {name: (list(target.shape), target.dtype) for name, target in targets.items()})
+    del targets["rng_state"]
     with torch.no_grad():
         for name, target in targets.items():
-            stored = file.get_tensor(name)
-            if stored.dtype != target.dtype:
-                raise FormatError(f"{path}: {name} must be {target.dtype}, got {stored.dtype}")
-            target.copy_(stored)
-    rng_state.copy_(file.get_tensor("rng_state"))
-    torch.set_rng_state(rng_state)
+            target.copy_(file.get_tensor(name))
+    torch.set_rng_state(file.get_tensor("rng_state"))

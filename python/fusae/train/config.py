@@ -27,7 +27,9 @@ class TrainConfig:
     epochs: int = _field(1, "passes over the data; not used where `tokens` is given")
     tokens: int | None = _field(None, "tokens to train on, over as many passes as that takes; default: epochs x rows")
     lr: float | None = _field(
-        None, "peak learning rate, of data scaled to unit variance; default: 2e-4 / sqrt(m / 2**14), the usual rule"
+        None,
+        "peak learning rate; default: 2e-4 / sqrt(m / 2**14), a rule for runs of many thousand steps: a run of some "
+        "hundred steps wants 3 to 10 times that",
     )
     warmup_steps: int | None = _field(None, "steps of linear warm-up; default: 5 % of all steps, at most 1000")
     decay: float = _field(0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0")
