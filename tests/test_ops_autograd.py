@@ -187,3 +187,15 @@ def test_a_view_of_a_transposed_parameter_gets_its_gradient(target):
         fusae.decode(fusae.encode_topk(x, W, None, 5), W).pow(2).sum().backward()
         fusae.decode(fusae.encode_topk(x, other.T, None, 5), other.T).pow(2).sum().backward()
     assert_equal(other.grad, W.grad.T)
+
+
+def test_row_sparse_gradients_under_autocast():
+    """A float32 weight used in bfloat16 gets its row-sparse gradient back in float32, from encoder and decoder."""
+    x, W_enc, W_dec = torch.randn(8, 16), torch.randn(40, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        codes = fusae.encode_topk(x, W_enc, None, 4, sparse_grad=True)
+        y = fusae.decode(codes, W_dec, sparse_grad=True)
+    y.float().square().sum().backward()
+    for weight in (W_enc, W_dec):
+        assert weight.grad.layout == torch.sparse_coo and weight.grad.dtype == torch.float32
+        assert 0 < weight.grad._nnz() <= 32

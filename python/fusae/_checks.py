@@ -89,10 +89,41 @@ def codes(name: str, value: object) -> SparseCodes:
     return value
 
 
+class _Cast(torch.autograd.Function):
+    """A tensor in another dtype; a row-sparse gradient comes back row-sparse (through ``Tensor.to`` it cannot)."""
+
+    @staticmethod
+    def forward(tensor, dtype):
+        return tensor.to(dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Under ``torch.autocast``, the tensors in the autocast dtype, as ``torch.nn.functional.linear`` would take them."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    same = (None, torch.float64, dtype)
+    return tuple(t if getattr(t, "dtype", None) in same else _Cast.apply(t, dtype) for t in tensors)
+
+
+def row_gradient(grad: Tensor) -> Tensor:
+    """A sparse gradient with every row once, ascending; a dense one as it is.
+
+    Autograd drops the mark of a coalesced gradient when it stores it in ``.grad``. Looking whether the rows ascend is
+    far cheaper than sorting them and copying the values.
+    """
+    if grad.layout != torch.sparse_coo or grad.is_coalesced() or grad.sparse_dim() != 1:
+        return grad
+    rows = grad._indices()
+    if (rows[0, 1:] > rows[0, :-1]).all():
+        return torch.sparse_coo_tensor(rows, grad._values(), grad.shape, is_coalesced=True, check_invariants=False)
+    return grad.coalesce()

@@ -61,22 +61,6 @@ class _PreBias(torch.autograd.Function):
         return grad, -(grad.to(W_enc.dtype) @ W_enc) if ctx.needs_input_grad[1] else None, None
 
 
-class _Cast(torch.autograd.Function):
-    """A weight in another dtype; a row-sparse gradient comes back row-sparse (through ``Tensor.to`` it cannot)."""
-
-    @staticmethod
-    def forward(weight, dtype):
-        return weight.to(dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.to(ctx.dtype), None
-
-
 class SparseCoder(nn.Module):
     """Top-k sparse autoencoder: ``codes = top-k(W_enc (x - b_dec) + b_enc)``, ``x̂ = Σ_j v_j W_dec[i_j] + b_dec``.
 
@@ -142,7 +126,7 @@ class SparseCoder(nn.Module):
             norms = torch.linalg.vector_norm(self.W_dec.detach(), dim=1, dtype=acc)
         return encode_topk(
             x - self.b_dec.detach(),
-            self._weight(self.W_enc),
+            self.W_enc,
             _PreBias.apply(self.b_enc, self.b_dec, self.W_enc.detach()),
             config.k,
             config.activation,
@@ -155,7 +139,7 @@ class SparseCoder(nn.Module):
 
     def decode(self, codes: SparseCodes) -> Tensor:
         """The reconstruction ``[..., d]`` of codes over the m latents."""
-        return decode(codes, self._weight(self.W_dec), self.b_dec, sparse_grad=self.sparse_grad)
+        return decode(codes, self.W_dec, self.b_dec, sparse_grad=self.sparse_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """The reconstruction of `x` ``[..., d]``."""
@@ -234,15 +218,8 @@ class SparseCoder(nn.Module):
         values = torch.cat([codes.values.reshape(-1), aux.values.reshape(-1)])
         indices = torch.cat([codes.indices.reshape(-1), aux.indices.reshape(-1)])
         both = SparseCodes(values, indices, codes.m, offsets)
-        main, extra = decode(both, self._weight(self.W_dec), sparse_grad=self.sparse_grad).split(n)
+        main, extra = decode(both, self.W_dec, sparse_grad=self.sparse_grad).split(n)
         return main + self.b_dec, extra
-
-    def _weight(self, weight: Tensor) -> Tensor:
-        """`weight` as the ops take it: under ``torch.autocast`` in the autocast dtype."""
-        device = weight.device.type
-        if not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
-            return weight
-        return _Cast.apply(weight, torch.get_autocast_dtype(device))
 
     def _check_input(self, x: Tensor) -> None:
         d = self.config.d

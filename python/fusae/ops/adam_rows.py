@@ -86,9 +86,9 @@ def adam_rows_(
             raise ValueError(f"{name} must be in [0, 1), got {value}")
     rows = None
     if grad.layout == torch.sparse_coo:
-        grad = grad.coalesce()
         if grad.sparse_dim() != 1:
             raise ValueError(f"a sparse grad must be sparse over rows only (sparse_dim 1), got {grad.sparse_dim()}")
+        grad = _checks.row_gradient(grad)
         rows, grad = grad.indices()[0], grad.values()
     elif masked:
         raise ValueError("masked=True needs a sparse_coo grad: a dense one does not say which rows were touched")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _fields
+from .. import _checks, _fields
 from ..ops import adam_rows_
 
 _FLAGS = ("decoupled", "masked", "project", "renormalise")
@@ -97,8 +97,7 @@ class Adam(torch.optim.Optimizer):
                 options["step"] = state["step"] + 1
                 if param.ndim == 2:
                     flags = {name: group[name] for name in ("masked", "project", "renormalise")}
-                    grad = _coalesced(param.grad)
-                    adam_rows_(param, state["exp_avg"], state["exp_avg_sq"], grad, **options, **flags)
+                    adam_rows_(param, state["exp_avg"], state["exp_avg_sq"], param.grad, **options, **flags)
                 else:
                     grad = param.grad.to_dense() if param.grad.layout == torch.sparse_coo else param.grad
                     row = [t.view(1, -1) for t in (param, state["exp_avg"], state["exp_avg_sq"])]
@@ -153,7 +152,7 @@ class Adam(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 if param.grad.layout == torch.sparse_coo:
-                    param.grad = _coalesced(param.grad)
+                    param.grad = _checks.row_gradient(param.grad)
                     rows, grad = param.grad.indices()[0], param.grad.values()
                 else:
                     rows, grad = None, param.grad
@@ -167,20 +166,6 @@ class Adam(torch.optim.Optimizer):
         for grad in grads:
             grad.mul_(scale.to(grad.device, grad.dtype))
         return norm
-
-
-def _coalesced(grad: Tensor) -> Tensor:
-    """`grad` with every row once, ascending, if it is sparse.
-
-    Autograd drops the mark of a coalesced gradient when it stores it in ``.grad``. Looking whether the rows ascend is
-    far cheaper than sorting them and copying the values.
-    """
-    if grad.layout != torch.sparse_coo or grad.is_coalesced() or grad.sparse_dim() != 1:
-        return grad
-    rows = grad._indices()
-    if (rows[0, 1:] > rows[0, :-1]).all():
-        return torch.sparse_coo_tensor(rows, grad._values(), grad.shape, is_coalesced=True, check_invariants=False)
-    return grad.coalesce()
 
 
 def _square_norm(grad: Tensor, rows: Tensor | None, param: Tensor | None) -> Tensor:
