@@ -25,12 +25,13 @@ template <class T>
 inline void pack(float* dst, const T* src, int64_t stride, int64_t step, int64_t count, int64_t width, int64_t d) {
   int64_t j = 0;
   if (step == 1) {
-    for (; j + N < d; j += N) {  // never the last column: a store may run past it, into the next panel
+    // Stores are whole vectors; the last must end inside the panel, as another thread may have packed the next one already.
+    for (const int64_t reach = (width + N - 1) / N * N; (j + N - 1) * width + reach <= d * width; j += N) {
       for (int64_t first = 0; first < width; first += N) {
         V block[N];
         for (int64_t r = 0; r < N; ++r) block[r] = first + r < count ? load(src + (first + r) * stride + j) : zero();
         transpose(block);
-        // Where width is no multiple of N, a store runs into the next column, which is written after it.
+        // Where width is no multiple of N, a store runs into the next columns, which are written after it.
         for (int64_t c = 0; c < N; ++c) store(dst + (j + c) * width + first, block[c]);
       }
     }
