@@ -40,3 +40,11 @@ def test_every_op_has_cases():
     from fusae import _dispatch
 
     assert {op for case in CASES for op in case.raw_ops} == set(_dispatch.ops())
+
+
+def test_uninitialised_memory_of_the_package_is_poisoned():
+    """The fixture of conftest.py works: what a kernel forgets to write shows as NaN or as an impossible index."""
+    inside = {"torch": torch, "__name__": "fusae.backends.pretended"}
+    for code in ("torch.empty(3)", "torch.empty_like(torch.zeros(3))", "torch.zeros(3).new_empty(3)"):
+        assert eval(code, inside).isnan().all()
+    assert (eval("torch.zeros(3).new_empty(3, dtype=torch.int32)", inside) > 10**9).all()

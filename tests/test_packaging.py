@@ -134,8 +134,8 @@ def test_wheel(built):
     assert all(name.startswith(info) for name in names - package), names - package
     assert any("LICENSE" in name for name in names) and info + "entry_points.txt" in names
     assert metadata["License-Expression"] == "Apache-2.0" and metadata["Requires-Python"] == ">=3.10"
-    required = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
-    assert {r.split(">")[0].split("[")[0].strip() for r in required} == {"torch", "numpy", "safetensors", "rich", "typer"}
+    required = {r.split(">")[0].strip() for r in metadata.get_all("Requires-Dist") if "extra ==" not in r}
+    assert "torch" in required and not required & {"triton", "transformers", "matplotlib", "jinja2", "pytest"}
     # One wheel for every version of torch: nothing in the binary names its libraries.
     assert b"libtorch" not in binary and b"libc10" not in binary and b"libpython" not in binary
 

@@ -233,6 +233,7 @@ TOPK = [
     topk(0, 96, 3),
     topk(199, 96, 7, pattern="special", dtypes=ALL),
     topk(37, 9001, 40, pattern="special", layout="offset"),
+    topk(37, 257, 190, pattern="subnormal", dtypes=ALL),
     topk(37, 63, 33, pattern="nan", dtypes=ALL),
     topk(7, 9001, 600, pattern="nan", layout="transposed"),
     topk(37, 257, 33, pattern="signed_zero", dtypes=ALL),

@@ -183,6 +183,13 @@ def pre_special(n: int, m: int, gen: Generator):
     return pre.scatter(1, place, special[which])
 
 
+def pre_subnormal(n: int, m: int, gen: Generator):
+    """Nothing above the smallest subnormals of float32, bfloat16 or float16: they differ, and 0 is below them."""
+    scale = torch.tensor([2.0**-149, 2.0**-133, 2.0**-24, 0.0], dtype=F64)
+    scale = scale[torch.randint(0, 4, (n, m), generator=gen)]
+    return scale * _ints(-2, 1, (n, m), gen)
+
+
 def pre_nan(n: int, m: int, gen: Generator):
     """Row 0 mod 3: all NaN; row 1 mod 3: NaN in every second latent; others none."""
     pre = _ints(-2, 2, (n, m), gen)
@@ -200,7 +207,7 @@ PRE: dict[str, Callable] = {
     f.__name__[4:]: f
     for f in (
         pre_normal, pre_ties, pre_equal, pre_ascending, pre_descending, pre_last_tile, pre_special, pre_nan,
-        pre_signed_zero,
+        pre_subnormal, pre_signed_zero,
     )
 }  # fmt: skip
 
