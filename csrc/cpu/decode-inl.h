@@ -1,33 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
 // y[i] = Σ values[e] * weight[indices[e]] + bias. Entries of value 0 are left out, whatever their row holds.
 
-// acc += Σ c[e] * rows[e], four rows at a time in order.
+constexpr int64_t AHEAD = 4;  // rows asked for while the present ones are summed
+
+// Rows are scattered over memory, so the processor cannot foresee the next ones.
+template <class T>
+inline void prefetch_rows(const T* const* rows, int64_t j) {
+  for (int64_t e = 0; e < AHEAD; ++e) __builtin_prefetch(rows[e] + j);
+}
+
+// acc += Σ c[e] * rows[e] for E rows, in order.
+template <int E, class T>
+inline void add_few(float* acc, const float* c, const T* const* rows, int64_t d) {
+  V coef[E];
+  for (int e = 0; e < E; ++e) coef[e] = set1(c[e]);
+  int64_t j = 0;
+  for (; j + N <= d; j += N) {
+    prefetch_rows(rows + E, j);
+    V s = load(acc + j);
+    for (int e = 0; e < E; ++e) s = fma(coef[e], load(rows[e] + j), s);
+    store(acc + j, s);
+  }
+  for (; j < d; ++j) {
+    for (int e = 0; e < E; ++e) acc[j] = __builtin_fmaf(c[e], get(rows[e] + j), acc[j]);
+  }
+}
+
+// The same for any number of rows. `rows` has AHEAD more addresses behind: those likely needed next.
 template <class T>
 inline void add_rows(float* acc, const float* c, const T* const* rows, int64_t count, int64_t d) {
   int64_t e = 0;
-  for (; e + 4 <= count; e += 4) {
-    const V c0 = set1(c[e]), c1 = set1(c[e + 1]), c2 = set1(c[e + 2]), c3 = set1(c[e + 3]);
-    const T *r0 = rows[e], *r1 = rows[e + 1], *r2 = rows[e + 2], *r3 = rows[e + 3];
-    int64_t j = 0;
-    for (; j + N <= d; j += N) {
-      V s = fma(c0, load(r0 + j), load(acc + j));
-      s = fma(c1, load(r1 + j), s);
-      s = fma(c2, load(r2 + j), s);
-      store(acc + j, fma(c3, load(r3 + j), s));
-    }
-    for (; j < d; ++j) {
-      acc[j] = __builtin_fmaf(c[e], get(r0 + j), acc[j]);
-      acc[j] = __builtin_fmaf(c[e + 1], get(r1 + j), acc[j]);
-      acc[j] = __builtin_fmaf(c[e + 2], get(r2 + j), acc[j]);
-      acc[j] = __builtin_fmaf(c[e + 3], get(r3 + j), acc[j]);
-    }
-  }
-  for (; e < count; ++e) {
-    const V c0 = set1(c[e]);
-    const T* r0 = rows[e];
-    int64_t j = 0;
-    for (; j + N <= d; j += N) store(acc + j, fma(c0, load(r0 + j), load(acc + j)));
-    for (; j < d; ++j) acc[j] = __builtin_fmaf(c[e], get(r0 + j), acc[j]);
+  for (; e + 4 <= count; e += 4) add_few<4>(acc, c + e, rows + e, d);
+  switch (count - e) {
+    case 3: add_few<3>(acc, c + e, rows + e, d); break;
+    case 2: add_few<2>(acc, c + e, rows + e, d); break;
+    case 1: add_few<1>(acc, c + e, rows + e, d); break;
   }
 }
 
@@ -54,7 +61,8 @@ void decode(const DecodeArgs& a) {
         }
       }
       Scratch<float> acc(a.d), coef(widest);
-      Scratch<const T*> rows(widest);
+      Scratch<const T*> rows(widest + AHEAD);
+      const int64_t used = a.codes.offsets ? a.codes.offsets[a.codes.n] : a.codes.n * a.codes.width;
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = a.codes.offsets ? a.codes.offsets[i] : i * a.codes.width;
         const int64_t last = a.codes.offsets ? a.codes.offsets[i + 1] : first + a.codes.width;
@@ -64,6 +72,9 @@ void decode(const DecodeArgs& a) {
           if (v == 0.0f) continue;
           coef.data[count] = v;
           rows.data[count++] = weight + static_cast<int64_t>(a.codes.indices[e]) * a.d;
+        }
+        for (int64_t e = 0; e < AHEAD; ++e) {  // the next row of codes comes next
+          rows.data[count + e] = weight + (last + e < used ? static_cast<int64_t>(a.codes.indices[last + e]) * a.d : 0);
         }
         // The bias is added last, after the sum, as in the reference.
         std::memset(acc.data, 0, static_cast<size_t>(a.d) * sizeof(float));

@@ -22,9 +22,9 @@ void by_latent(const ByLatentArgs& a) {
   a.start[0] = 0;
 }
 
-// acc += Σ c[e] * rows[e] and dots[e] = rows[e] · w, E rows at a time.
+// acc += Σ c[e] * rows[e] and dots[e] = rows[e] · w, for E rows.
 template <int E, bool SUM, class T>
-inline void fused_rows(float* acc, const float* c, const T* const* rows, const T* w, float* dots, int64_t d) {
+inline void fused_few(float* acc, const float* c, const T* const* rows, const T* w, float* dots, int64_t d) {
   V coef[E], dot[E];
   for (int e = 0; e < E; ++e) {
     coef[e] = set1(SUM ? c[e] : 0.0f);
@@ -32,6 +32,7 @@ inline void fused_rows(float* acc, const float* c, const T* const* rows, const T
   }
   int64_t j = 0;
   for (; j + N <= d; j += N) {
+    prefetch_rows(rows + E, j);
     const V weight = load(w + j);
     V s = SUM ? load(acc + j) : zero();
     for (int e = 0; e < E; ++e) {
@@ -52,20 +53,32 @@ inline void fused_rows(float* acc, const float* c, const T* const* rows, const T
   }
 }
 
+template <bool SUM, class T>
+inline void fused_rows(float* acc, const float* c, const T* const* rows, const T* w, float* dots, int64_t count,
+                       int64_t d) {
+  int64_t e = 0;
+  for (; e + 4 <= count; e += 4) fused_few<4, SUM>(acc, c + e, rows + e, w, dots + e, d);
+  switch (count - e) {
+    case 3: fused_few<3, SUM>(acc, c + e, rows + e, w, dots + e, d); break;
+    case 2: fused_few<2, SUM>(acc, c + e, rows + e, w, dots + e, d); break;
+    case 1: fused_few<1, SUM>(acc, c + e, rows + e, w, dots + e, d); break;
+  }
+}
+
 template <class T>
 struct LatentScratch {
   explicit LatentScratch(int64_t d) : acc(d) {}
   Scratch<float> acc;
   static constexpr int64_t BATCH = 64;
   float coef[BATCH], dots[BATCH];
-  const T* rows[BATCH];
+  const T* rows[BATCH + AHEAD];
 };
 
 template <class T>
 inline void visit_latent(const LatentPassArgs& a, int64_t latent, int64_t out_row, LatentScratch<T>& s) {
   const T* rows = static_cast<const T*>(a.rows);
   const T* w = a.dots ? static_cast<const T*>(a.weight) + latent * a.d : nullptr;
-  const int64_t first = a.start[latent], last = a.start[latent + 1];
+  const int64_t first = a.start[latent], last = a.start[latent + 1], entries = a.start[a.m];
   if (a.sum) std::memset(s.acc.data, 0, static_cast<size_t>(a.d) * sizeof(float));
   float coef_sum = 0.0f;
   for (int64_t begin = first; begin < last; begin += s.BATCH) {
@@ -73,20 +86,19 @@ inline void visit_latent(const LatentPassArgs& a, int64_t latent, int64_t out_ro
     int64_t live = 0;  // entries whose row goes into the sum: the coefficient is not 0
     for (int64_t e = 0; e < count; ++e) {
       s.coef[e] = get(a.codes.values, a.codes.dtype, a.order[begin + e]);
-      s.rows[e] = rows + static_cast<int64_t>(a.row[begin + e]) * a.d;
       coef_sum += s.coef[e];
       live += s.coef[e] != 0.0f;
     }
+    for (int64_t e = 0; e < count + AHEAD; ++e) {  // the next latent's entries lie behind this one's
+      s.rows[e] = rows + (begin + e < entries ? static_cast<int64_t>(a.row[begin + e]) * a.d : 0);
+    }
     if (a.dots) {
-      int64_t e = 0;
       if (a.sum && live == count) {
-        for (; e + 4 <= count; e += 4) fused_rows<4, true>(s.acc.data, s.coef + e, s.rows + e, w, s.dots + e, a.d);
-        for (; e < count; ++e) fused_rows<1, true>(s.acc.data, s.coef + e, s.rows + e, w, s.dots + e, a.d);
+        fused_rows<true>(s.acc.data, s.coef, s.rows, w, s.dots, count, a.d);
       } else {
-        for (; e + 4 <= count; e += 4) fused_rows<4, false>(s.acc.data, s.coef, s.rows + e, w, s.dots + e, a.d);
-        for (; e < count; ++e) fused_rows<1, false>(s.acc.data, s.coef, s.rows + e, w, s.dots + e, a.d);
+        fused_rows<false>(s.acc.data, s.coef, s.rows, w, s.dots, count, a.d);
       }
-      for (e = 0; e < count; ++e) put(a.dots, a.codes.dtype, a.order[begin + e], s.dots[e]);
+      for (int64_t e = 0; e < count; ++e) put(a.dots, a.codes.dtype, a.order[begin + e], s.dots[e]);
     }
     if (a.sum && !(a.dots && live == count)) {
       int64_t kept = 0;

@@ -108,8 +108,8 @@ def _capacity(k: int) -> int:
 
 
 def _row_block(n: int, *widths: int) -> int:
-    """Rows selected together, so that the buffers stay small for a large k."""
-    return max(1, min(n, _ROWS, _STATE_BYTES // (8 * sum(map(_capacity, widths)))))
+    """Rows selected together, so that their candidates take a bounded amount of memory."""
+    return max(1, min(n, _STATE_BYTES // (8 * sum(map(_capacity, widths)))))
 
 
 _gemm = "auto"
@@ -181,11 +181,11 @@ def encode_topk_fwd(
     magnitude, relu, threads = select == "abs", activation == "relu", torch.get_num_threads()
     widths = (k, k_aux) if k_aux else (k,)
     out = [(x.new_empty(n, w), torch.empty(n, w, dtype=torch.int32)) for w in (k, k_aux)]
-    rows = _row_block(n, *widths)
+    native = _use_native_gemm(n)
+    rows = _row_block(n if native else min(n, _ROWS), *widths)
     selections = [_Selection(w, rows) for w in widths]
     states = [selection.state() for selection in selections]
     aux_state = states[1] if k_aux else _NO_SELECTION
-    native = _use_native_gemm(n)
     tile = torch.empty(0 if native else rows * min(m, _TILE), dtype=torch.float32)
     for i in range(0, n, rows):
         block = x[i : i + rows]
