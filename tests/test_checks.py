@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad input of the public ops: an error that names the argument, what was wanted and what came, before anything runs."""
+"""Bad input of the public ops: an error that names argument, wanted and given, before anything runs."""
 
 import math
 import warnings
@@ -34,7 +34,9 @@ def _W(*shape, **options):
 
 
 def _codes(k=K, m=M, dtype=torch.float32, device=None):
-    return SparseCodes(torch.ones(N, k, dtype=dtype, device=device), torch.arange(k, dtype=torch.int32, device=device).expand(N, k), m)
+    return SparseCodes(
+        torch.ones(N, k, dtype=dtype, device=device), torch.arange(k, dtype=torch.int32, device=device).expand(N, k), m
+    )
 
 
 def _mask(true=10):
@@ -43,15 +45,27 @@ def _mask(true=10):
 
 ENCODE = {
     "x list": (dict(x=[1.0]), TypeError, "x must be a torch.Tensor, got list"),
-    "x int": (dict(x=_x(dtype=torch.int64)), TypeError, "x must be float32, bfloat16, float16 or float64, got torch.int64"),
+    "x int": (
+        dict(x=_x(dtype=torch.int64)),
+        TypeError,
+        "x must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
     "x complex": (dict(x=_x(dtype=torch.complex64)), TypeError, "x must be .* got torch.complex64"),
     "x scalar": (dict(x=torch.tensor(1.0)), ValueError, r"x must have shape \[\.\.\., d\], got a scalar"),
     "W None": (dict(W_enc=None), TypeError, "W_enc must be a torch.Tensor, got NoneType"),
-    "W transposed": (dict(W_enc=_W(D, M)), ValueError, r"W_enc must have shape \[m, 8\].* got \[8, 40\] \(transposed\?\)"),
+    "W transposed": (
+        dict(W_enc=_W(D, M)),
+        ValueError,
+        r"W_enc must have shape \[m, 8\].* got \[8, 40\] \(transposed\?\)",
+    ),
     "W narrow": (dict(W_enc=_W(M, 7)), ValueError, r"W_enc must have shape \[m, 8\].* to match x, got \[40, 7\]$"),
     "W 3-D": (dict(W_enc=_W(1, M, D)), ValueError, r"W_enc must have shape .* got \[1, 40, 8\]"),
     "W empty": (dict(W_enc=_W(0, D)), ValueError, "W_enc must have at least one latent"),
-    "W dtype": (dict(W_enc=_W(dtype=torch.bfloat16)), TypeError, "W_enc must have dtype torch.float32 like x, got torch.bfloat16"),
+    "W dtype": (
+        dict(W_enc=_W(dtype=torch.bfloat16)),
+        TypeError,
+        "W_enc must have dtype torch.float32 like x, got torch.bfloat16",
+    ),
     "W device": (dict(W_enc=_W(device=META)), ValueError, "W_enc must be on cpu like x, got meta"),
     "b shape": (dict(b_enc=_x(D)), ValueError, r"b_enc must have shape \[40\] \(one per latent\), got \[8\]"),
     "b 2-D": (dict(b_enc=_x(1, M)), ValueError, r"b_enc must have shape \[40\] .* got \[1, 40\]"),
@@ -105,11 +119,19 @@ def test_topk(change, error, message):
 DECODE = {
     "codes": (dict(codes=_x()), TypeError, "codes must be a fusae.SparseCodes, got Tensor"),
     "W list": (dict(W_dec=[1.0]), TypeError, "W_dec must be a torch.Tensor, got list"),
-    "W transposed": (dict(W_dec=_W(D, M)), ValueError, r"W_dec must have shape \[40, d\].* got \[8, 40\] \(transposed\?\)"),
+    "W transposed": (
+        dict(W_dec=_W(D, M)),
+        ValueError,
+        r"W_dec must have shape \[40, d\].* got \[8, 40\] \(transposed\?\)",
+    ),
     "W rows": (dict(W_dec=_W(41, D)), ValueError, r"W_dec must have shape \[40, d\].* to match codes, got \[41, 8\]$"),
     "W 1-D": (dict(W_dec=_W(M)), ValueError, r"W_dec must have shape \[40, d\].* got \[40\]"),
     "W int": (dict(W_dec=_W(dtype=torch.int8)), TypeError, "W_dec must be float32, .* got torch.int8"),
-    "codes dtype": (dict(codes=_codes(dtype=torch.float16)), TypeError, "codes must have dtype torch.float32 like W_dec"),
+    "codes dtype": (
+        dict(codes=_codes(dtype=torch.float16)),
+        TypeError,
+        "codes must have dtype torch.float32 like W_dec",
+    ),
     "codes device": (dict(codes=_codes(device=META)), ValueError, "codes must be on cpu like W_dec, got meta"),
     "b shape": (dict(b_dec=_x(M)), ValueError, r"b_dec must have shape \[8\] \(one per output dimension\), got \[40\]"),
     "b dtype": (dict(b_dec=_x(D, dtype=torch.float64)), TypeError, "b_dec must have dtype torch.float32 like W_dec"),
@@ -141,7 +163,11 @@ ADAM = {
     "param 1-D": (dict(param=_W(M)), ValueError, r"param must be a contiguous \[m, d\] matrix, got \[40\]"),
     "exp_avg shape": (dict(exp_avg=_W(M, 7)), ValueError, r"exp_avg must be contiguous and have shape \[40, 8\]"),
     "exp_avg strided": (dict(exp_avg=_W(D, M).T), ValueError, "exp_avg must be contiguous"),
-    "exp_avg dtype": (dict(exp_avg=_W(dtype=torch.bfloat16)), TypeError, "exp_avg must be torch.float32, got torch.bfloat16"),
+    "exp_avg dtype": (
+        dict(exp_avg=_W(dtype=torch.bfloat16)),
+        TypeError,
+        "exp_avg must be torch.float32, got torch.bfloat16",
+    ),
     "exp_avg_sq": (dict(exp_avg_sq=None), TypeError, "exp_avg_sq must be a torch.Tensor, got NoneType"),
     "exp_avg_sq device": (dict(exp_avg_sq=_W(device=META)), ValueError, "exp_avg_sq must be on cpu"),
     "grad shape": (dict(grad=_W(D, M)), ValueError, r"grad must have shape \[40, 8\] like param, got \[8, 40\]"),
@@ -150,7 +176,11 @@ ADAM = {
     "grad by element": (dict(grad=_sparse(sparse_dim=2)), ValueError, r"sparse over rows only \(sparse_dim 1\), got 2"),
     "grad csr": (dict(grad=_csr()), ValueError, "grad must be dense or .*sparse_coo"),
     "masked dense": (dict(masked=True), ValueError, "masked=True needs a sparse_coo grad"),
-    "masked decay": (dict(masked=True, grad=_sparse(), weight_decay=0.1), ValueError, "weight_decay must be 0 with masked=True"),
+    "masked decay": (
+        dict(masked=True, grad=_sparse(), weight_decay=0.1),
+        ValueError,
+        "weight_decay must be 0 with masked=True",
+    ),
     "step 0": (dict(step=0), ValueError, "step must be an int >= 1, got 0"),
     "step float": (dict(step=1.5), ValueError, "step must be an int >= 1, got 1.5"),
     "step bool": (dict(step=True), ValueError, "step must be an int >= 1, got True"),
@@ -182,7 +212,7 @@ def test_adam_rows(change, error, message):
 @pytest.mark.parametrize("wrong", [-1, M, 2**31 - 1])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_decode_refuses_latents_out_of_range(target, wrong, ragged, monkeypatch):
-    """On the CPU, where a look at the indices is cheap, an index outside [0, m) raises; it never reads foreign memory."""
+    """On the CPU, where a look is cheap, an index outside [0, m) raises and never reads foreign memory."""
     monkeypatch.undo()
     codes = _codes()
     codes = codes.to_ragged() if ragged else codes
@@ -194,7 +224,9 @@ def test_decode_refuses_latents_out_of_range(target, wrong, ragged, monkeypatch)
 
 
 @pytest.mark.parametrize("target", [t for t in targets("decode_fwd", "decode_bwd") if t.device.type == "cpu"], ids=str)
-@pytest.mark.parametrize("offsets", [[0, 2, 1, 3, 4, 15], [0, 3, 6, 9, 12, 16], [-1, 3, 6, 9, 12, 15], [1, 3, 6, 9, 12, 15]])
+@pytest.mark.parametrize(
+    "offsets", [[0, 2, 1, 3, 4, 15], [0, 3, 6, 9, 12, 16], [-1, 3, 6, 9, 12, 15], [1, 3, 6, 9, 12, 15]]
+)
 def test_decode_refuses_impossible_offsets(target, offsets, monkeypatch):
     """Offsets start at 0, do not fall, and end inside the storage."""
     monkeypatch.undo()

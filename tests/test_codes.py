@@ -10,7 +10,6 @@ import fusae
 from fusae import SparseCodes
 from fusae.testing import assert_equal
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
 
@@ -64,7 +63,9 @@ def test_shapes_and_repr(fixed, ragged):
 def test_l0_counts_active_entries_only(fixed, ragged, dense):
     assert fixed.l0.tolist() == [[4, 2, 4], [4, 4, 4]]
     assert ragged.l0.tolist() == [0, 1, 2, 3, 4, 5]
-    stored_zero = SparseCodes(ragged.values.masked_fill(torch.arange(18) == 14, 0.0), ragged.indices, 20, ragged.offsets)
+    stored_zero = SparseCodes(
+        ragged.values.masked_fill(torch.arange(18) == 14, 0.0), ragged.indices, 20, ragged.offsets
+    )
     assert stored_zero.l0.tolist() == [0, 1, 2, 3, 4, 4]
 
 
@@ -103,7 +104,10 @@ def test_flatten_of_no_rows_and_no_width():
 
 
 def test_no_rows_at_all():
-    for codes in (SparseCodes.from_dense(torch.zeros(0, 5)), SparseCodes(torch.empty(0, 3), torch.empty(0, 3).int(), 5)):
+    for codes in (
+        SparseCodes.from_dense(torch.zeros(0, 5)),
+        SparseCodes(torch.empty(0, 3), torch.empty(0, 3).int(), 5),
+    ):
         assert codes.shape == (0, 5) and codes.l0.shape == (0,) and codes.to_dense().shape == (0, 5)
         assert codes.to_sparse_csr().shape == (0, 5) and codes.to_ragged().offsets.tolist() == [0]
 
@@ -161,7 +165,13 @@ def test_codes_are_immutable(fixed):
 @pytest.mark.parametrize(
     ("values", "indices", "offsets", "error", "message"),
     [
-        (torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.int64), None, TypeError, "indices must be int32, got torch.int64"),
+        (
+            torch.ones(2, 3),
+            torch.zeros(2, 3, dtype=torch.int64),
+            None,
+            TypeError,
+            "indices must be int32, got torch.int64",
+        ),
         (torch.ones(2, 3), torch.zeros(2, 4).int(), None, ValueError, r"same shape, got \[2, 3\] and \[2, 4\]"),
         (torch.ones(()), torch.zeros(()).int(), None, ValueError, r"shape \[\.\.\., k\], got a scalar"),
         (torch.ones(2, 3), torch.zeros(2, 3).int(), torch.zeros(3).long(), ValueError, r"shape \[nnz\], got \[2, 3\]"),

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance cases can fail: backends with one planted bug each, of the kinds seen in real kernels, are all caught.
+"""The conformance cases can fail: backends with one planted bug each, of kinds seen in real kernels, are all caught.
 
-A mutant is the reference with one raw op replaced. It passes where some case rejects it; a bug that gets through means that
-a case is missing.
+A mutant is the reference with one raw op replaced. Its test passes when some case rejects it; a bug that gets through
+means that a case is missing.
 """
 
 import pytest
@@ -104,9 +104,11 @@ def relu_before_the_selection(x, W_enc, b_enc, norms, aux_mask, k, k_aux, activa
     pre = pre.relu() if activation == "relu" else pre
     score = (pre.abs() if select == "abs" else pre) * (1 if norms is None else norms)
     indices = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :k]
-    return pre.gather(1, indices).to(x.dtype), indices.int(), *_encode()(
-        x, W_enc, b_enc, norms, aux_mask, k, k_aux, activation, select
-    )[2:]
+    return (
+        pre.gather(1, indices).to(x.dtype),
+        indices.int(),
+        *_encode()(x, W_enc, b_enc, norms, aux_mask, k, k_aux, activation, select)[2:],
+    )
 
 
 @mutant("encode_topk_fwd")
@@ -284,7 +286,19 @@ def a_latent_overwritten_instead_of_added(grad_y, values, indices, offsets, W_de
 
 
 def _adam(**change):
-    names = ("rows", "lr", "beta1", "beta2", "eps", "weight_decay", "step", "decoupled", "masked", "project", "renormalise")
+    names = (
+        "rows",
+        "lr",
+        "beta1",
+        "beta2",
+        "eps",
+        "weight_decay",
+        "step",
+        "decoupled",
+        "masked",
+        "project",
+        "renormalise",
+    )
 
     def run(param, exp_avg, exp_avg_sq, grad, *rest):
         options = dict(zip(names, rest, strict=True))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same bits from run to run, for any number of threads, for any other rows in the batch, and on every instruction set.
+"""The same bits from run to run, for any number of threads, any other rows in the batch, any instruction set.
 
 Products of `encode_topk` come from a GEMM whose sums may depend on the thread count and the row count; these tests use
 integers, whose sums are exact, so that everything after the GEMM is under test.
@@ -108,7 +108,7 @@ NATIVE = [t for t in targets("encode_topk_fwd", gemms=True) if t.gemm == "native
 @pytest.mark.parametrize("target", NATIVE, ids=str)
 @pytest.mark.parametrize("d", [9, 33, 65, 200])
 def test_native_gemm_does_not_depend_on_threads_or_other_rows(target, d):
-    """The CPU backend's own GEMM sums in one fixed order, so here any floats will do. Again and again, to meet a race."""
+    """The CPU backend's own GEMM sums in one fixed order: any floats will do. Again and again, to meet a race."""
     x, W, b = torch.randn(N, d), torch.randn(M // 3, d), torch.randn(M // 3)
     with target.active():
         torch.set_num_threads(1)
@@ -139,7 +139,9 @@ def test_cpu_instruction_sets_select_alike():
             if name.startswith(("topk", "main", "aux")):
                 assert_equal(other[name], value, name, signed_zero=True)
             else:
-                torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+                torch.testing.assert_close(
+                    other[name], value, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+                )
 
 
 @each_target

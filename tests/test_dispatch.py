@@ -20,7 +20,7 @@ def _names():
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Backends "cuda" and "cpu" that record their calls; the cuda one refuses more than 10 columns, and has no topk_bwd."""
+    """Backends "cuda" and "cpu" that record their calls; cuda refuses more than 10 columns, and has no topk_bwd."""
     calls = []
 
     def entry(name, op, why_not):
@@ -75,7 +75,9 @@ def test_a_request_runs_or_raises(fakes, monkeypatch, how):
 
     run("cpu", 8)
     assert fakes == [("cpu", "topk_fwd")]
-    with pytest.raises(fusae.BackendError, match=r"backend 'cuda' was asked for but cannot run topk_fwd: more than 10 columns \(12\)"):
+    with pytest.raises(
+        fusae.BackendError, match=r"backend 'cuda' was asked for but cannot run topk_fwd: more than 10 columns \(12\)"
+    ):
         run("cuda", 12)
     with pytest.raises(fusae.BackendError, match="backend 'triton' .* cannot run topk_fwd: no such device"):
         run("triton", 8)
@@ -88,7 +90,9 @@ def test_a_request_holds_for_the_backward_pass(fakes):
     pre = torch.zeros(2, 8, requires_grad=True)
     with fusae.backend("cuda"):
         values = fusae.topk(pre, 1).values
-    with pytest.raises(fusae.BackendError, match="backend 'cuda' was asked for but cannot run topk_bwd: no topk_bwd kernel"):
+    with pytest.raises(
+        fusae.BackendError, match="backend 'cuda' was asked for but cannot run topk_bwd: no topk_bwd kernel"
+    ):
         values.sum().backward()
 
 
@@ -117,7 +121,10 @@ def test_no_backend_at_all_says_why_for_each(fakes, monkeypatch):
     broken = {name: _dispatch._Backend(f"{name} is broken", {}) for name in ("cuda", "triton", "reference")}
     broken["cpu"] = _dispatch._Backend(None, {"topk_fwd": _dispatch._Entry(print, never)})
     monkeypatch.setattr(_dispatch, "_backends", broken)
-    message = "no backend can run topk_fwd: cuda: cuda is broken; triton: triton is broken; cpu: closed; reference: reference is broken"
+    message = (
+        "no backend can run topk_fwd: cuda: cuda is broken; triton: triton is broken; cpu: closed; "
+        "reference: reference is broken"
+    )
     with pytest.raises(fusae.BackendError, match=message):
         fusae.topk(torch.zeros(2, 8), 1)
 
@@ -204,7 +211,10 @@ def test_python_m_fusae_prints_the_table():
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("FUSAE_BACKEND", "the environment variable FUSAE_BACKEND must be one of cuda, triton, cpu, reference, got 'nonsense'"),
+        (
+            "FUSAE_BACKEND",
+            "the environment variable FUSAE_BACKEND must be one of cuda, triton, cpu, reference, got 'nonsense'",
+        ),
         ("FUSAE_CPU_ISA", "CPU instruction set must be one of .* got 'nonsense'"),
     ],
 )

@@ -14,7 +14,17 @@ SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh"}
 
 # What a module may import from the package; the first matching line counts. "." in the name of a rule is a folder.
 PUBLIC = ("fusae", "fusae.ops", "fusae.codes", "fusae.info")
-TOOLS = (*PUBLIC, "fusae._fields", "fusae._checks", "fusae.formats", "fusae.data", "fusae.nn", "fusae.optim", "fusae.train", "fusae.eval")
+TOOLS = (
+    *PUBLIC,
+    "fusae._fields",
+    "fusae._checks",
+    "fusae.formats",
+    "fusae.data",
+    "fusae.nn",
+    "fusae.optim",
+    "fusae.train",
+    "fusae.eval",
+)
 RULES = [
     ("reference.py", ()),
     ("_dispatch.py", ()),
@@ -92,7 +102,8 @@ def test_the_rules_reject_what_they_should(tmp_path):
     """The check itself: relative and absolute forms of forbidden imports are seen."""
     bad = tmp_path / "bad.py"
     bad.write_text(
-        "from .. import reference\nfrom ..backends import cpu\nimport fusae._C\ndef f():\n    from fusae import _dispatch\n"
+        "from .. import reference\nfrom ..backends import cpu\nimport fusae._C\n"
+        "def f():\n    from fusae import _dispatch\n"
         "from .decode import decode\nfrom ..codes import SparseCodes\n"
     )
     wanted = ["fusae.reference", "fusae.backends.cpu", "fusae._C", "fusae._dispatch", "fusae.ops.decode", "fusae.codes"]
@@ -164,7 +175,9 @@ def test_instruction_set_units_use_no_standard_templates():
             else:
                 target = f"include/{name}" if name.startswith("fusae/") else name
                 todo += [target] if target not in seen else []
-    assert {f for f in NATIVE if f.endswith("-inl.h")} <= seen, "every algorithm body is compiled for every instruction set"
+    assert {f for f in NATIVE if f.endswith("-inl.h")} <= seen, (
+        "every algorithm body is compiled for every instruction set"
+    )
 
 
 def test_openmp_is_known_to_one_file():
@@ -189,5 +202,9 @@ def test_every_source_file_names_its_licence():
 
 
 def test_no_file_is_too_long():
-    long = {str(p.relative_to(ROOT)): n for p in _tracked() if (n := len(p.read_text().splitlines())) > 450 + 200 * (p.suffix != ".py")}
+    long = {
+        str(p.relative_to(ROOT)): n
+        for p in _tracked()
+        if (n := len(p.read_text().splitlines())) > 450 + 200 * (p.suffix != ".py")
+    }
     assert not long

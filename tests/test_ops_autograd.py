@@ -191,7 +191,11 @@ def test_a_view_of_a_transposed_parameter_gets_its_gradient(target):
 
 def test_row_sparse_gradients_under_autocast():
     """A float32 weight used in bfloat16 gets its row-sparse gradient back in float32, from encoder and decoder."""
-    x, W_enc, W_dec = torch.randn(8, 16), torch.randn(40, 16, requires_grad=True), torch.randn(40, 16, requires_grad=True)
+    x, W_enc, W_dec = (
+        torch.randn(8, 16),
+        torch.randn(40, 16, requires_grad=True),
+        torch.randn(40, 16, requires_grad=True),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         codes = fusae.encode_topk(x, W_enc, None, 4, sparse_grad=True)
         y = fusae.decode(codes, W_dec, sparse_grad=True)

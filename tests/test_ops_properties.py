@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Properties that hold for every input, on random ones (hypothesis). Small integers: sums are exact, equality is meant."""
+"""Properties that hold for every input, on random ones (hypothesis). Small integers: sums are exact."""
 
 import pytest
 import torch

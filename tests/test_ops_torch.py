@@ -31,7 +31,8 @@ def _raw_calls(target: Target):
     original, _dispatch.select = _dispatch.select, spy
     try:
         wanted = ("topk-n37-m96", "encode_topk-n36", "encode_topk-n37-d64-m5000-k16-aux_all",
-                  "decode-n36", "decode-n5-d7-m63-k1-normal-ragged", "adam_rows_-m300-d96-masked", "adam_rows_-m1-")  # fmt: skip
+                  "decode-n36", "decode-n5-d7-m63-k1-normal-ragged", "adam_rows_-m300-d96-masked",
+                  "adam_rows_-m1-")  # fmt: skip
         for case in CASES:
             if not str(case).startswith(wanted):
                 continue
@@ -121,7 +122,9 @@ def test_compile_bad_arguments_still_raise():
 def test_compile_keeps_the_backend_it_was_traced_with():
     torch._dynamo.reset()
     x, W = torch.randn(5, 8), torch.randn(40, 8)
-    compiled = torch.compile(lambda x: fusae.topk(x @ W.T, 3, backend="reference").values, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda x: fusae.topk(x @ W.T, 3, backend="reference").values, fullgraph=True, backend="aot_eager"
+    )
     assert_equal(compiled(x), fusae.topk(x @ W.T, 3, backend="reference").values)
 
 
@@ -129,9 +132,7 @@ def test_fake_tensors_past_two_to_the_31():
     """Shapes alone: n·m, m·d and n·k beyond int32."""
     with FakeTensorMode():
         x, W = torch.empty(3_000_000, 4096), torch.empty(1 << 20, 4096)
-        values, indices, _, _ = torch.ops.fusae.encode_topk_fwd.default(
-            x, W, None, None, None, 1024, 0, "relu", "topk"
-        )
+        values, indices, _, _ = torch.ops.fusae.encode_topk_fwd.default(x, W, None, None, None, 1024, 0, "relu", "topk")
         y = torch.ops.fusae.decode_fwd.default(values, indices, None, W, None)
     assert values.shape == indices.shape == (3_000_000, 1024) and indices.dtype == torch.int32
     assert y.shape == (3_000_000, 4096)

@@ -52,7 +52,9 @@ def test_a_missing_native_module_is_a_reason_not_a_fallback():
         "except fusae.BackendError as error:\n"
         "    print(error)\n"
     )
-    assert "backend 'cpu' was asked for but cannot run topk_fwd: the native module is missing (" in result.stdout, result
+    assert "backend 'cpu' was asked for but cannot run topk_fwd: the native module is missing (" in result.stdout, (
+        result
+    )
 
 
 def test_import_is_light():
@@ -147,7 +149,17 @@ def test_sdist(built):
         assert wanted in names
     assert {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()} <= names
     assert {f"python/{name}" for name in _modules() if not name.startswith("fusae/kernels/")} <= names
-    junk = ("build/", "dist/", "runs/", ".venv/", ".git/", ".ci/", ".pytest_cache/", ".hypothesis/", "benchmarks/results/")
+    junk = (
+        "build/",
+        "dist/",
+        "runs/",
+        ".venv/",
+        ".git/",
+        ".ci/",
+        ".pytest_cache/",
+        ".hypothesis/",
+        "benchmarks/results/",
+    )
     assert not [n for n in names if n.startswith(junk) or "__pycache__" in n or n.endswith((".so", ".pyc"))]
 
 

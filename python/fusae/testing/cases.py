@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases on which every backend is tested and benchmarked: a shape, a generator of inputs, the public call, a cost.
 
-`CASES` is the conformance list, chosen so that every size, pattern, layout and option meets every other kind of hazard at
-least once (pairs, not the full product). Benchmarks build their own with the same builders: ``encode_topk(n=2048, ...)``.
+`CASES` is the conformance list, chosen so that every size, pattern, layout and option meets every other kind of hazard
+at least once (pairs, not the full product). The same builders make other cases: ``encode_topk(n=2048, d=576, ...)``.
 """
 
 from __future__ import annotations
@@ -158,7 +158,11 @@ def decode(n: int, d: int, m: int, k: int, name: str = "", *, exact: bool = Fals
             if batch is not None:
                 values, indices = values.view(*batch, k), indices.view(*batch, k)
             sparse = fusae.SparseCodes(values, indices, m)
-        return {"codes": sparse, "W_dec": _place(W_, dtype, device, W), "b_dec": b_.to(dtype).to(device) if bias else None}
+        return {
+            "codes": sparse,
+            "W_dec": _place(W_, dtype, device, W),
+            "b_dec": b_.to(dtype).to(device) if bias else None,
+        }
 
     if not name:
         parts = ("integers" if exact else "normal", ragged and "ragged", W != "contiguous" and f"W_{W}", hot and "hot",
@@ -167,7 +171,8 @@ def decode(n: int, d: int, m: int, k: int, name: str = "", *, exact: bool = Fals
         name = "-".join(p for p in parts if p)
     options.setdefault("dtypes", (FP32, BF16))
     return Case("decode", name, {"n": n, "d": d, "m": m, "k": k}, make, exact,
-                flops=2 * n * k * d, moved=min(m, n * k) * d + n * d + n * k, moved_fixed=4 * n * k, **options)  # fmt: skip
+                flops=2 * n * k * d, moved=min(m, n * k) * d + n * d + n * k, moved_fixed=4 * n * k,
+                **options)  # fmt: skip
 
 
 def _ragged(values: Tensor, indices: Tensor, m: int, gen: torch.Generator) -> fusae.SparseCodes:
@@ -188,7 +193,7 @@ def _ragged(values: Tensor, indices: Tensor, m: int, gen: torch.Generator) -> fu
 
 def adam_rows_(m: int, d: int, name: str = "", *, sparse: float | None = None, masked: bool = False, step: int = 7,
                zero_rows: bool = False, **options: Any) -> Case:  # fmt: skip
-    """``fusae.adam_rows_``. `sparse`: share of rows in a sparse gradient, or None for a dense one; other keyword arguments
+    """``fusae.adam_rows_``. `sparse`: share of rows in a sparse gradient, or None for a dense one; the other keywords
     (betas, eps, weight_decay, decoupled, project, renormalise) go to the op."""
     call = {key: options.pop(key) for key in tuple(options)
             if key in ("betas", "eps", "weight_decay", "decoupled", "project", "renormalise")}  # fmt: skip

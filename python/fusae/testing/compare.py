@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons that decide whether a backend is right. Each one raises ``AssertionError`` with the place and the numbers.
+"""Comparisons that decide whether a backend is right. Each raises ``AssertionError`` with the place and the numbers.
 
 Budgets, not tolerances: a result may be about twice as wrong as plain torch in the same dtype is, measured against
 float64, and no more. ``tests/test_compare.py`` feeds these functions planted errors.
@@ -46,8 +46,8 @@ def assert_same_nonfinite(actual: Tensor, reference: Tensor, what: str = "result
         if wrong.any():
             first = int(wrong.flatten().nonzero()[0])
             raise AssertionError(
-                f"{what}: {kind} differs at {int(wrong.sum())} of {a.numel()} places, first at {_place(first, a.shape)}: "
-                f"got {a.flatten()[first].item()}, reference {r.flatten()[first].item()}"
+                f"{what}: {kind} differs at {int(wrong.sum())} of {a.numel()} places, first at {_place(first, a.shape)}:"
+                f" got {a.flatten()[first].item()}, reference {r.flatten()[first].item()}"
             )
 
 
@@ -94,16 +94,16 @@ def assert_within_budget(actual: Tensor, reference: Tensor, oracle: Tensor, what
         raise AssertionError(
             f"{what} ({actual.dtype}): error {float(error[worst]):.3g} exceeds the budget {budget:.3g} at "
             f"{_place(flat, actual.shape)}: got {float(a[worst]):.9g}, oracle {float(o[worst]):.9g}, reference "
-            f"{float(r[worst]):.9g}; {int((error > budget).sum())} of {a.numel()} elements over budget; reference error "
-            f"{reference_error:.3g}, max |oracle| {top:.3g}"
+            f"{float(r[worst]):.9g}; {int((error > budget).sum())} of {a.numel()} elements over budget; reference "
+            f"error {reference_error:.3g}, max |oracle| {top:.3g}"
         )
 
 
 def assert_grads(actual: Tensor, reference: Tensor, oracle: Tensor, what: str = "gradient") -> None:
     """A gradient within the element budget, and also as a whole, so that one dropped row cannot hide.
 
-    On top of `assert_within_budget`: relative L2 error and cosine of the whole, signed bias (a common factor of 1.01 shows
-    here even in bfloat16), L2 error of every row, and rows that are zero in the oracle are exactly zero.
+    On top of `assert_within_budget`: relative L2 error and cosine of the whole, signed bias (a common factor of 1.01
+    shows here even in bfloat16), L2 error of every row, and rows that are zero in the oracle are exactly zero.
     """
     assert_within_budget(actual, reference, oracle, what)
     if not torch.isfinite(reference).all() or not torch.isfinite(oracle).all() or actual.numel() == 0:
@@ -117,7 +117,9 @@ def assert_grads(actual: Tensor, reference: Tensor, oracle: Tensor, what: str = 
     rel, rel_reference = float((a - o).norm()) / length, float((r - o).norm()) / length
     bound = 2 * (rel_reference + eps)
     if not rel <= bound:
-        raise AssertionError(f"{what}: relative L2 error {rel:.3g} exceeds {bound:.3g} (reference: {rel_reference:.3g})")
+        raise AssertionError(
+            f"{what}: relative L2 error {rel:.3g} exceeds {bound:.3g} (reference: {rel_reference:.3g})"
+        )
     cosine = float((a * o).sum()) / (length * length_a)
     if not 1 - cosine <= bound**2 + 1e-12:
         raise AssertionError(f"{what}: cosine to the oracle is 1 - {1 - cosine:.3g}, 1 - {bound**2:.3g} wanted")
@@ -133,8 +135,8 @@ def assert_grads(actual: Tensor, reference: Tensor, oracle: Tensor, what: str = 
     if bad.numel():
         i = int(bad[0])
         raise AssertionError(
-            f"{what}: {bad.numel()} of {a.shape[0]} rows are off, first row {i}: L2 error {float(row_error[i]):.3g} over "
-            f"{float(bound[i]):.3g}; norm {float(a[i].norm()):.6g}, oracle {float(row_length[i]):.6g}"
+            f"{what}: {bad.numel()} of {a.shape[0]} rows are off, first row {i}: L2 error {float(row_error[i]):.3g} "
+            f"over {float(bound[i]):.3g}; norm {float(a[i].norm()):.6g}, oracle {float(row_length[i]):.6g}"
             + (" (row dropped?)" if not a[i].any() else "")
         )
     stray = ((row_length == 0) & (a != 0).any(dim=1)).nonzero().flatten()
@@ -190,12 +192,12 @@ def assert_topk(
         values, indices: ``[n, k]`` codes under test.
         score: ``[n, m]`` float64, what the selection goes by (default: `pre`).
         activation: 'relu' or 'none', applied to the pre-activations before rounding to the dtype of `values`.
-        band: how far a pre-activation or score of the backend may be from the oracle's (`selection_band`). 0 means that the
-            selection has to be exact: ties go to the lower latent.
+        band: how far a pre-activation or score of the backend may be from the oracle's (`selection_band`). 0 means that
+            the selection has to be exact: ties go to the lower latent.
         mask: ``[m]`` bool: select among these first; then unmasked ones, lowest index first, with value 0.
 
-    Checked: int32 indices in range and distinct; values are the rounded activations of the latents they name; NaN is the
-    largest; nothing unselected lies above anything selected by more than the band; sorted by score; ties.
+    Checked: int32 indices in range and distinct; values are the rounded activations of the latents they name; NaN is
+    the largest; nothing unselected lies above anything selected by more than the band; sorted by score; ties.
     """
     n, m = pre.shape
     score = pre if score is None else score
@@ -237,9 +239,9 @@ def _assert_values(values: Tensor, wanted: Tensor, activation: str, band: float,
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise AssertionError(
-            f"{what}: {int(bad.sum())} of {bad.numel()} values are not the activations of the latents they name, first at row "
-            f"{row}, place {column}: got {float(values[row, column]):.9g}, oracle {float(wanted[row, column]):.9g}, allowed "
-            f"error {float(allowed[row, column]):.3g}"
+            f"{what}: {int(bad.sum())} of {bad.numel()} values are not the activations of the latents they name, first at "
+            f"row {row}, place {column}: got {float(values[row, column]):.9g}, oracle {float(wanted[row, column]):.9g}, "
+            f"allowed error {float(allowed[row, column]):.3g}"
         )
 
 
@@ -265,7 +267,8 @@ def _assert_order(score: Tensor, at: Tensor, band: float, mask: Tensor | None, w
     if (torch.isnan(got).sum(1) != nan_wanted).any():
         row, where = _first_row(torch.isnan(got).sum(1) != nan_wanted)
         raise AssertionError(
-            f"{what}: {int(torch.isnan(got[row]).sum())} NaN selected, {int(nan_wanted[row])} wanted (NaN is the largest); {where}"
+            f"{what}: {int(torch.isnan(got[row]).sum())} NaN selected, {int(nan_wanted[row])} wanted (NaN is the "
+            f"largest); {where}"
         )
     if (leading != nan_wanted).any():
         raise AssertionError(f"{what}: NaN is not in front in {_first_row(leading != nan_wanted)[1]}")
@@ -278,8 +281,8 @@ def _assert_order(score: Tensor, at: Tensor, band: float, mask: Tensor | None, w
         row, where = _first_row(rise.any(1))
         column = int(rise[row].nonzero()[0])
         raise AssertionError(
-            f"{what}: not sorted in {where}: score {float(rest[row, column]):.9g} before {float(rest[row, column + 1]):.9g}, "
-            f"allowed rise {2 * band:.3g}"
+            f"{what}: not sorted in {where}: score {float(rest[row, column]):.9g} before "
+            f"{float(rest[row, column + 1]):.9g}, allowed rise {2 * band:.3g}"
         )
     left = candidates.scatter(1, at, False)
     best_left = score.masked_fill(~left, -math.inf).nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
@@ -289,8 +292,8 @@ def _assert_order(score: Tensor, at: Tensor, band: float, mask: Tensor | None, w
     if missed.any():
         row, where = _first_row(missed)
         raise AssertionError(
-            f"{what}: an unselected latent scores {float(best_left[row]):.9g}, a selected one {float(worst_taken[row]):.9g}, "
-            f"allowed difference {2 * band:.3g}; {where}"
+            f"{what}: an unselected latent scores {float(best_left[row]):.9g}, a selected one "
+            f"{float(worst_taken[row]):.9g}, allowed difference {2 * band:.3g}; {where}"
         )
     if band == 0:
         _assert_ties(score, at, candidates, what)

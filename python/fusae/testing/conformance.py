@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`check_forward` and `check_backward`: does a target agree with the truth on a case? Raise ``AssertionError`` if not."""
+"""`check_forward` and `check_backward`: does a target agree with the truth on a case? If not: ``AssertionError``."""
 
 from __future__ import annotations
 
@@ -189,7 +189,11 @@ def _decode_backward(case: Case, inputs: Inputs, target: Target, gen: torch.Gene
 
     def plain(grad: Tensor, values: Tensor, W: Tensor) -> dict[str, Tensor]:
         values_, _, W_ = reference.decode_bwd(grad, values, flat.indices, flat.offsets, W, True, True, False)
-        return {"values": values_, "W_dec": W_, "b_dec": grad.sum(0, dtype=reference.accumulator(grad.dtype)).to(grad.dtype)}
+        return {
+            "values": values_,
+            "W_dec": W_,
+            "b_dec": grad.sum(0, dtype=reference.accumulator(grad.dtype)).to(grad.dtype),
+        }
 
     wanted = plain(grad, flat.values, W)
     truth = oracles.decode_grads(inputs, grad) if oracles.all_finite(inputs) else plain(

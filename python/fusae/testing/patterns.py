@@ -2,8 +2,8 @@
 """Inputs that break kernels: value patterns and memory layouts.
 
 Encoder patterns return ``(x [n, d], W_enc [m, d], b_enc [m])`` on the CPU in float64, rounded by the caller. Those in
-`EXACT` hold small integers (or make every row all NaN, Inf, ...), so that sums are exact in float32 in any order and every
-backend has to agree with the reference index by index.
+`EXACT` hold small integers (or make every row all NaN, Inf, ...), so that sums are exact in float32 in any order and
+every backend has to agree with the reference index by index.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def duplicates(n: int, d: int, m: int, gen: Generator):
 
 
 def monotone(n: int, d: int, m: int, gen: Generator):
-    """Pre-activations ascending over the latents in even rows (worst for a running threshold), descending in odd ones."""
+    """Pre-activations ascending in even rows (the worst for a running threshold), descending in odd ones."""
     x = torch.zeros(n, d, dtype=F64)
     x[0::2, 0], x[1::2, 0] = 1.0, -1.0
     W = torch.zeros(m, d, dtype=F64)
