@@ -46,8 +46,8 @@ def assert_same_nonfinite(actual: Tensor, reference: Tensor, what: str = "result
         if wrong.any():
             first = int(wrong.flatten().nonzero()[0])
             raise AssertionError(
-                f"{what}: {kind} differs at {int(wrong.sum())} of {a.numel()} places, first at {_place(first, a.shape)}:"
-                f" got {a.flatten()[first].item()}, reference {r.flatten()[first].item()}"
+                f"{what}: {kind} differs at {int(wrong.sum())} of {a.numel()} places, first at "
+                f"{_place(first, a.shape)}: got {a.flatten()[first].item()}, reference {r.flatten()[first].item()}"
             )
 
 
@@ -239,9 +239,9 @@ def _assert_values(values: Tensor, wanted: Tensor, activation: str, band: float,
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise AssertionError(
-            f"{what}: {int(bad.sum())} of {bad.numel()} values are not the activations of the latents they name, first at "
-            f"row {row}, place {column}: got {float(values[row, column]):.9g}, oracle {float(wanted[row, column]):.9g}, "
-            f"allowed error {float(allowed[row, column]):.3g}"
+            f"{what}: {int(bad.sum())} of {bad.numel()} values are not the activations of the latents they name, first "
+            f"at row {row}, place {column}: got {float(values[row, column]):.9g}, oracle "
+            f"{float(wanted[row, column]):.9g}, allowed error {float(allowed[row, column]):.3g}"
         )
 
 
