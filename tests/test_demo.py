@@ -215,6 +215,12 @@ def test_other_settings_other_runs_and_overwrite(finished, light, inputs, tmp_pa
         run(other, tmp_path, cache_dir=cache, inputs=inputs, show=False)
 
 
+def test_what_is_not_installed_is_said_first(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "find_spec", lambda name: None if name == "jinja2" else name)
+    with pytest.raises(DemoError, match=r"stage 'inputs' failed: .*jinja2 must be installed: pip install 'fusae"):
+        run(CONFIG, tmp_path / "out", cache_dir=tmp_path, inputs=inputs, show=False)
+
+
 def test_too_little_text(inputs, tmp_path):
     with pytest.raises(DemoError, match=r"stage 'inputs' failed: .*held_out must be at most [\d,]+, .*got 50,000"):
         config = dataclasses.replace(CONFIG, held_out=50_000)

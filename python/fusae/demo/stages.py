@@ -12,11 +12,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from ..data import Activations, collect, default_cache_dir, weights_sha256
 from ..eval import choose_latents, logit_effects, loss_recovered, measure, top_passages, write_features, write_report
@@ -32,6 +34,8 @@ EVAL, FEATURES, BENCH, REPORT = "eval.json", "features.json", "bench.json", "rep
 _TRAINING = ("config.json", "metrics.jsonl", "checkpoint.safetensors", "coder")
 _CODER = ("coder/coder.json", "coder/coder.safetensors")
 _RESULTS = (EVAL, FEATURES, BENCH, REPORT)
+_STAGES = ("inputs", "activations", "training", "evaluation", "passages", "benchmark", "report")
+_NEEDED = ("transformers", "tokenizers", "gguf", "jinja2", "matplotlib")
 _BATCH_CHUNKS = 32
 
 
@@ -76,21 +80,24 @@ def run(
 class _Demo:
     def __init__(self, config: DemoConfig, out: Path, cache: Path, inputs: DemoInputs | None, show: bool) -> None:
         self.config, self.out, self.cache, self.inputs, self.show = config, out, cache, inputs, show
-        self.console = Console(stderr=True, quiet=not show, highlight=False)
+        self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
 
     def work(self) -> None:
         config = self.config
         with self.stage("inputs", "A small language model and English news, from PyPI wheels; text to tokens."):
+            _check_installed()
             inputs = self.inputs or load_inputs(self.cache, self.show)
             train_chunks, held_chunks = chunks_for(inputs, config)
             self.console.print(
                 f"{inputs.model_name}; {inputs.text_name}; "
-                f"{len(inputs.train):,} documents to train on, {len(inputs.held_out):,} held out"
+                f"{len(inputs.train):,} documents to train on, {len(inputs.held_out):,} held out",
+                markup=False,
             )
         with self.stage(
             "activations",
-            f"The language model reads the text; what leaves {inputs.module} is kept, one row a token, under {self.cache}.",
+            f"The language model reads the text; what leaves {inputs.module} is kept, a row for each token, under "
+            f"{self.cache}.",
         ):
             model_sum = weights_sha256(inputs.model)
             train, held = (
@@ -99,25 +106,26 @@ class _Demo:
             )
         with self.stage(
             "training",
-            f"{config.m:,} latents, {config.k} active per token, learn to rebuild {len(train):,} rows in {config.epochs} "
-            "passes.",
+            f"{config.m:,} latents, {config.k} active per token, learn to rebuild {len(train):,} rows in "
+            f"{config.epochs} passes.",
         ):
             coder = self.train(inputs, train)
         with self.stage(
             "evaluation",
-            "On held-out articles: how much of the rows is rebuilt, and what the language model loses when it must go on "
-            "with the rebuilt ones.",
+            "On held-out articles: how much of the rows is rebuilt, and what the language model loses when it must go "
+            "on with the rebuilt ones.",
         ):
             evaluation = self.evaluate(inputs, coder, train, held, held_chunks)
         with self.stage("passages", f"Where {config.latents} of the latents are most active, in the training text."):
             self.passages(inputs, coder, evaluation["density"], train, train_chunks)
-        with self.stage("benchmark", "The training step of this dictionary, in turns with the same step in plain torch."):
+        with self.stage("benchmark", "The training step of this shape, in turns with the same step in plain torch."):
             self.benchmark(train)
         self.describe(inputs)
 
     @contextlib.contextmanager
     def stage(self, name: str, what: str) -> Iterator[None]:
-        self.console.print(f"\n[bold]{name}[/]: {what}")
+        number = _STAGES.index(name) + 1
+        self.console.print(f"\n[bold]{number}/{len(_STAGES)} {name}[/]: {escape(what)}")
         start = time.perf_counter()
         try:
             yield
@@ -177,8 +185,9 @@ class _Demo:
         source = {
             "model": inputs.model_name,
             "module": inputs.module,
-            "text": f"{inputs.text_name}, held-out articles",
-            "passages": f"{inputs.text_name}, the {len(train):,} training tokens",
+            "text": inputs.text_name,
+            "passages": f"the {len(train):,} training tokens",
+            "effects": "in standard deviations over all latents",
         }
         evaluation = {**metrics, "loss": loss, "dropped": held.dropped, "source": source}
         write_json(path, evaluation)
@@ -190,6 +199,7 @@ class _Demo:
             return
         config = self.config
         latents = choose_latents(density, config.latents, seed=config.seed)
+        W_dec = coder.W_dec.detach()
         features = top_passages(
             train,
             chunks,
@@ -197,7 +207,7 @@ class _Demo:
             latents,
             inputs.tokenizer,
             passages=config.passages,
-            effects=logit_effects(inputs.model, inputs.tokenizer, coder.W_dec.detach()[latents]),
+            effects=logit_effects(inputs.model, inputs.tokenizer, W_dec[latents], background=W_dec),
             progress=self.show,
         )
         for feature in features:  # as everywhere in the report: the share of held-out tokens
@@ -236,6 +246,13 @@ class _Demo:
         write_json(path, about)
 
 
+def _check_installed() -> None:
+    """That the last stages can run, before the first one takes its minutes."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(f"{', '.join(missing)} must be installed: pip install 'fusae[lm,report]'")
+
+
 def _model_versions() -> dict[str, str]:
     from importlib.metadata import version
 
@@ -264,8 +281,8 @@ def _claim(out: Path, config: DemoConfig, overwrite: bool) -> None:
         return
     elif present := [name for name in (*_TRAINING, *_RESULTS) if (out / name).exists()]:
         raise FileExistsError(
-            f"out: {out} holds a run ({', '.join(present)}) that is not a demo's; pass --overwrite to replace it, or take "
-            "another --out"
+            f"out: {out} holds a run ({', '.join(present)}) that is not a demo's; pass --overwrite to replace it, or "
+            "take another --out"
         )
     write_json(marker, {"settings": settings})
 

@@ -157,7 +157,12 @@ def _answering(outputs: dict[nn.Module, Any]) -> Iterator[None]:
 
 
 def logit_effects(
-    model: nn.Module, tokenizer: Tokenizer, decoder_rows: Tensor, top: int = 8
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    decoder_rows: Tensor,
+    top: int = 8,
+    *,
+    background: Tensor | None = None,
 ) -> list[dict[str, list[str]]]:
     """The tokens whose logits each decoder row raises and lowers most, by its direct path to the output.
 
@@ -165,26 +170,46 @@ def logit_effects(
     if that is a LayerNorm) and with the unembedding. The norm's division by the row length is left out: it does not
     change the order.
 
+    Args:
+        decoder_rows: ``[r, d]``.
+        background: ``[m, d]``, e.g. the whole decoder: each token's effect is then taken as its distance from the mean
+            effect of these rows on that token, in standard deviations over them. Rare tokens, on which every direction
+            of an early layer has a large effect, no longer fill the lists.
+
     Returns one ``{"promoted": [top strings], "suppressed": [top strings]}`` a row, strongest first.
 
     Equivalent to::
 
-        (decoder_rows * model.model.norm.weight) @ model.lm_head.weight.T
+        effect = lambda rows: (rows * model.model.norm.weight) @ model.lm_head.weight.T
+        logits = effect(decoder_rows)
+        logits = (logits - effect(background).mean(0)) / effect(background).std(0, correction=0)  # with a background
     """
     from .passages import token_text
 
     norm, unembedding = _final_norm(model), model.get_output_embeddings().weight
-    rows = decoder_rows.detach().to(unembedding.device, torch.float32)
-    if rows.ndim != 2 or rows.shape[1] != unembedding.shape[1]:
-        raise ValueError(f"decoder_rows must have shape [r, {unembedding.shape[1]}], got {list(rows.shape)}")
+    width = unembedding.shape[1]
+    for name, rows, value in (("decoder_rows", "r", decoder_rows), ("background", "m", background)):
+        if value is not None and (value.ndim != 2 or value.shape[1] != width):
+            raise ValueError(f"{name} must have shape [{rows}, {width}], got {list(value.shape)}")
     effects = []
     with torch.inference_mode():
-        if isinstance(norm, nn.LayerNorm):
-            rows, scale = rows - rows.mean(1, keepdim=True), norm.weight.float()
-        else:  # RMSNorm of ones is its scale, whether that is kept as w or, in Gemma, as 1 + w
-            scale = norm(torch.ones_like(unembedding[0])).float()
-        for row in rows:  # one at a time: [r, vocabulary] may be large
-            logits = unembedding.float() @ (row * scale)
+        centre = isinstance(norm, nn.LayerNorm)
+        # RMSNorm of ones is its scale, whether that is kept as w or, in Gemma, as 1 + w.
+        scale = norm.weight.float() if centre else norm(torch.ones_like(unembedding[0])).float()
+
+        def scaled(rows: Tensor) -> Tensor:
+            rows = rows.detach().to(unembedding.device, torch.float32)
+            return (rows - rows.mean(1, keepdim=True) if centre else rows) * scale
+
+        weight = unembedding.float()
+        mean, spread = 0.0, 1.0
+        if background is not None:
+            others = scaled(background)
+            mean = weight @ others.mean(0)
+            # The variance over the rows, from their covariance: [m, vocabulary] would not fit.
+            spread = ((weight @ torch.cov(others.T, correction=0)) * weight).sum(1).clamp_min(1e-30).sqrt()
+        for row in scaled(decoder_rows):  # one at a time: [r, vocabulary] may be large
+            logits = (weight @ row - mean) / spread
             high, low = (
                 logits.topk(min(top, len(logits)), largest=largest).indices.tolist() for largest in (True, False)
             )

@@ -90,15 +90,19 @@ def render(run: RunData) -> str:
 def _facts(run: RunData) -> dict[str, Any]:
     source = (run.evaluation or {}).get("source") or {}
     config, last = run.config, run.metrics[-1]
+    rows = find(config, "rows")
     return {
         "model": source.get("model") or find(config, "model"),
         "module": source.get("module") or find(config, "module", "hook_name", "layer"),
         "text": source.get("text") or find(config, "text", "dataset", "corpus"),
         "passages": source.get("passages"),
+        "effects": source.get("effects"),
         "m": (run.evaluation or {}).get("latents") or find(config, "m", "latents", "n_latents", "d_sae"),
         "k": find(config, "k"),
         "d": find(config, "d", "d_in", "width", "d_model"),
         "tokens": last["tokens"],
+        "passes": last["tokens"] / rows if isinstance(rows, int) and 0 < rows < last["tokens"] else None,
+        "rows": rows,
         "steps": last["step"],
         "time": duration(last["seconds"]),
     }

@@ -46,7 +46,7 @@ EVAL = {
     "density": [NUMBER],
     "loss?": {"original": NUMBER, "patched": NUMBER, "mean_ablated": NUMBER, "loss_recovered": NUMBER, "tokens": COUNT},
     "dropped?": {"first_positions": COUNT, "norm_outliers": COUNT},
-    "source?": {"model": TEXT, "module": TEXT, "text": TEXT, "passages?": TEXT},
+    "source?": {"model": TEXT, "module": TEXT, "text": TEXT, "passages?": TEXT, "effects?": TEXT},
 }
 FEATURES = [
     {

@@ -155,7 +155,8 @@ def curve(
             axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
         if reference:
             axes.axhline(reference[0], color=INK, lw=1, dashes=(4, 3))
-            below = len(seen) and np.nanmedian(y) > reference[0]  # on the side where the curve is not
+            # The label takes the right part of the width; there it is put on the side where the curve is not.
+            below = len(y) and np.nanmedian(y[int(0.6 * len(y)) :]) > reference[0]
             axes.margins(y=0.16)
             axes.annotate(
                 reference[1],
