@@ -12,6 +12,7 @@ else
 endif
 EXTRAS := test,lm,report
 RUN    ?= runs/demo
+DEVICE ?= here
 
 .PHONY: demo test test-kernels bench lint sanitize wheel clean
 
@@ -25,7 +26,7 @@ test-kernels: $(ENV)
 	$(PY) -m pytest -q -m kernels
 
 bench: $(ENV)
-	$(PY) benchmarks/run.py bars --gate --out benchmarks/results
+	$(PY) benchmarks/run.py --preset bars --gate --threads 2 --out benchmarks/results/$(DEVICE)/bars.json
 
 lint: $(ENV)
 	$(PY) -m pip install -q ruff

@@ -264,6 +264,8 @@ class _ByLatent:
         coef_sum: Tensor | None = None,
     ) -> None:
         """One pass; see ``LatentPassArgs`` in csrc/include/fusae/ops.h."""
+        if latents is not None and len(latents) == 0:  # no address would mean all of them
+            return
         _C.latent_pass(
             self.codes, *map(_ptr, (self.start, self.order, self.row, latents)), 0 if latents is None else len(latents),
             _ptr(rows), _ptr(weight), _DTYPES[rows.dtype], self.m, rows.shape[1], *map(_ptr, (sum, dots, coef_sum)),
