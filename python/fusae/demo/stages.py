@@ -107,7 +107,7 @@ class _Demo:
         with self.stage(
             "training",
             f"{config.m:,} latents, {config.k} active per token, learn to rebuild {len(train):,} rows in "
-            f"{config.epochs} passes.",
+            f"{config.epochs} pass{'es' if config.epochs > 1 else ''}.",
         ):
             coder = self.train(inputs, train)
         with self.stage(
