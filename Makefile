@@ -17,7 +17,7 @@ DEVICE ?= here
 .PHONY: demo test test-kernels bench lint sanitize wheel clean
 
 demo: $(ENV)
-	$(PY) -m fusae demo --out $(RUN)
+	OMP_WAIT_POLICY=passive $(PY) -m fusae demo --out $(RUN)
 
 test: $(ENV)
 	$(PY) -m pytest -q -m "not kernels"
@@ -30,7 +30,7 @@ bench: $(ENV)
 
 lint: $(ENV)
 	$(PY) -m pip install -q ruff
-	$(PY) -m ruff check python kernels tests benchmarks
+	$(PY) -m ruff check python kernels tests benchmarks tools
 
 # The CPU kernels under AddressSanitizer and UBSan, on the tests that reach them.
 sanitize: $(ENV)
@@ -42,13 +42,21 @@ wheel: $(ENV)
 # The native sources are part of the rule: an edit there is rebuilt before anything runs.
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-$(VENV)/.ready: $(NATIVE) tools/setup_env.sh
+# An editable install does not see new files: their names are part of the rule too.
+$(VENV)/.names: always
+	@mkdir -p $(VENV) && find python kernels -name '*.py' | sort > $@.new
+	@cmp -s $@ $@.new || cp $@.new $@; rm $@.new
+
+.PHONY: always
+always:
+
+$(VENV)/.ready: $(NATIVE) $(VENV)/.names tools/setup_env.sh
 	bash tools/setup_env.sh $(VENV) "$(EXTRAS)"
 	@touch $@
 
 .PHONY: $(VENV)/.given
 $(VENV)/.given:
-	$(PYTHON) tools/install_here.py
+	$(PYTHON) tools/install_here.py $(MAKECMDGOALS)
 
 clean:
 	rm -rf build dist $(VENV)/.ready

@@ -17,7 +17,10 @@ PY
 for tool in c++ g++ clang++; do compiler=$(command -v "$tool" || true); [ -z "$compiler" ] || break; done
 [ -n "$compiler" ] || { echo "fusae needs a C++17 compiler (Debian/Ubuntu: apt install g++)" >&2; exit 1; }
 
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  "$python" -m venv --clear "$venv" ||
+    { echo "fusae needs Python's venv module (Debian/Ubuntu: apt install python3-venv)" >&2; exit 1; }
+fi
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 if ! "$venv/bin/python" -c "import torch" 2>/dev/null; then

@@ -93,6 +93,7 @@ void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr
                bool renormalise, int threads) {
   const auto f = [](double a) { return static_cast<float>(a); };
   const py::gil_scoped_release release;
+  check_rows(ptr<int64_t>(rows), u, m);
   cpu::active().adam_rows({ptr<void>(param), ptr<float>(exp_avg), ptr<float>(exp_avg_sq), ptr<void>(grad),
                            ptr<int64_t>(rows), static_cast<DType>(dtype), m, d, u, f(decay), f(l2), f(one_minus_beta1),
                            f(beta2), f(one_minus_beta2), f(step_size), f(root_correction2), f(eps), masked, project,

@@ -31,7 +31,7 @@ struct Scratch {
   explicit Scratch(int64_t n) {
     const size_t bytes = (static_cast<size_t>(n > 0 ? n : 1) * sizeof(T) + 63) & ~size_t{63};
     data = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (!data) std::abort();
+    if (!data) throw std::bad_alloc();
   }
   ~Scratch() { std::free(data); }
   Scratch(const Scratch&) = delete;

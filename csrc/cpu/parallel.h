@@ -3,6 +3,7 @@
 // start to end, so results never depend on the number of threads.
 #pragma once
 #include <cstdint>
+#include <new>
 
 namespace fusae::cpu {
 namespace {
@@ -15,11 +16,17 @@ inline void parallel_for(int64_t n, int64_t grain, int32_t threads, F f) {
     f(int64_t{0}, n);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  bool failed = false;  // an exception must not leave a parallel region; the only one there is, is for memory
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(|| : failed)
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t begin = b * grain;
-    f(begin, begin + grain < n ? begin + grain : n);
+    try {
+      f(begin, begin + grain < n ? begin + grain : n);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
   }
+  if (failed) throw std::bad_alloc();
 }
 
 }  // namespace

@@ -114,13 +114,11 @@ inline void select_block(const SelectState& s, int64_t row, const T* tile, int64
 template <class T>
 inline void select_row(const SelectTileArgs& a, const SelectState& s, int64_t row, const uint8_t* mask, uint64_t* keys) {
   const T* tile = static_cast<const T*>(a.tile) + row * a.stride;
-  // Norms are read again by latent when a row is cut.
-  const float* norms_by_latent = a.norms ? a.norms - a.first : nullptr;
   for (int64_t c = 0; c < a.cols; c += BLOCK) {
     const int64_t width = a.cols - c < BLOCK ? a.cols - c : BLOCK;
     // append() writes whole vectors, hence the N to spare.
-    if (s.count[row] + width + N > s.cap) cut(s, row, norms_by_latent, a.magnitude, keys);
-    select_block(s, row, tile + c, a.first + c, width, a.bias ? a.bias + c : nullptr, a.norms ? a.norms + c : nullptr,
+    if (s.count[row] + width + N > s.cap) cut(s, row, a.norms, a.magnitude, keys);
+    select_block(s, row, tile + c, a.first + c, width, a.bias ? a.bias + c : nullptr, a.norms ? a.norms + a.first + c : nullptr,
                  mask ? mask + c : nullptr, a.magnitude);
   }
 }
@@ -192,7 +190,7 @@ void select_finish(const SelectFinishArgs& a) {
       }
       // Fewer masked latents than k: unmasked ones fill up, lowest first.
       int64_t filled = n;
-      for (int64_t j = 0; filled < s.k; ++j) {
+      for (int64_t j = 0; a.mask && filled < s.k; ++j) {
         if (a.mask[j]) continue;
         indices[filled] = static_cast<int32_t>(j);
         put(a.values, a.dtype, row * s.k + filled++, 0.0f);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Checks that need the data and not only the shapes. A bad index would read or write outside the weights.
 #pragma once
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -9,6 +10,7 @@
 namespace fusae {
 
 inline void check_codes(const Codes& c, int64_t storage, int64_t m) {
+  if (c.n > INT32_MAX) throw std::out_of_range("at most 2**31 - 1 rows, got " + std::to_string(c.n));
   int64_t used = c.n * c.width;
   if (c.offsets) {
     if (c.offsets[0] != 0) throw std::out_of_range("offsets[0] must be 0, got " + std::to_string(c.offsets[0]));
@@ -26,6 +28,17 @@ inline void check_codes(const Codes& c, int64_t storage, int64_t m) {
     if (c.indices[e] < 0 || c.indices[e] >= m)
       throw std::out_of_range("indices must lie in [0, " + std::to_string(m) + "), got " +
                               std::to_string(c.indices[e]) + " at entry " + std::to_string(e));
+  }
+}
+
+// Rows of a row-sparse gradient: twice the same would be updated by two threads.
+inline void check_rows(const int64_t* rows, int64_t u, int64_t m) {
+  for (int64_t i = 0; i < u; ++i) {
+    if (rows[i] < 0 || rows[i] >= m)
+      throw std::out_of_range("grad: rows must lie in [0, " + std::to_string(m) + "), got " + std::to_string(rows[i]));
+    if (i > 0 && rows[i] <= rows[i - 1])
+      throw std::out_of_range("grad: rows must ascend, each once, got " + std::to_string(rows[i - 1]) + " then " +
+                              std::to_string(rows[i]) + "; coalesce it, and do not mark it coalesced by hand");
   }
 }
 

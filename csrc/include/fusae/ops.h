@@ -28,7 +28,7 @@ struct SelectTileArgs {
   int64_t n, cols;
   int64_t first;      // latent of the tile's first column
   const float* bias;  // [cols] of this tile, or null
-  const float* norms; // [cols] of this tile, or null: score = pre * norms
+  const float* norms; // [m] or null: score = pre * norms
   const uint8_t* mask;  // [cols] of this tile, or null: for `aux`
   bool magnitude;     // score = |pre|
   SelectState main;

@@ -109,7 +109,9 @@ def _capacity(k: int) -> int:
 
 def _row_block(n: int, *widths: int) -> int:
     """Rows selected together, so that their candidates take a bounded amount of memory."""
-    return max(1, min(n, _STATE_BYTES // (8 * sum(map(_capacity, widths)))))
+    limit = max(1, _STATE_BYTES // (8 * sum(map(_capacity, widths))))
+    blocks = max(1, -(-n // limit))
+    return max(1, -(-n // blocks))  # of equal size: a last block of a few rows would pack all of W for them
 
 
 _gemm = "auto"
@@ -203,7 +205,7 @@ def encode_topk_fwd(
                 size = (len(block), len(weight))
                 products = torch.mm(block, weight.T, out=tile[: size[0] * size[1]].view(size))
                 _C.select_tile(
-                    _ptr(products), 0, size[1], *size, j, _offset(bias, j), _offset(norms, j), _offset(mask, j),
+                    _ptr(products), 0, size[1], *size, j, _offset(bias, j), _ptr(norms), _offset(mask, j),
                     magnitude, states[0], aux_state, threads,
                 )  # fmt: skip
         for state, filler, width, (values, indices) in zip(states, (None, mask), widths, out, strict=False):
