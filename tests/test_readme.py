@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the README shows runs as it stands."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+from fusae.cli import app
+from typer.testing import CliRunner
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_python_example():
+    (code,) = blocks("python")
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    codes, y = scope["codes"], scope["y"]
+    assert codes.values.shape == codes.indices.shape == (4096, 32) and y.shape == (4096, 576)
+    pre = scope["x"][:8] @ scope["W_enc"].T
+    torch.testing.assert_close(codes.values[:8], pre.topk(32).values.relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_commands(tmp_path, monkeypatch):
+    """The `fusae` lines, with a small dictionary in place of the large one."""
+    monkeypatch.chdir(tmp_path)
+    np.save("activations.npy", np.random.default_rng(0).standard_normal((512, 16), dtype=np.float32))
+    lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if line.startswith("fusae ")]
+    assert len(lines) >= 2
+    for line in lines:
+        arguments = shlex.split(line.replace("32768", "64").replace("--k 32", "--k 4"))[1:]
+        arguments += ["--batch-size", "128"] if arguments[0] == "train" else []
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, (line, result.output)
+    assert Path("runs/mine/report.html").stat().st_size > 10_000
