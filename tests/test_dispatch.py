@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -112,6 +113,44 @@ def test_a_context_ends_with_an_error_inside(fakes):
     with pytest.raises(KeyError), fusae.backend("reference"):
         raise KeyError
     assert _dispatch.requested() is None
+
+
+def test_a_context_holds_for_its_own_thread(fakes):
+    """Two contexts that overlap in time, left in the order they were entered: neither sees the other."""
+    entered, leave = threading.Event(), threading.Event()
+    seen = []
+
+    def other():
+        with fusae.backend("cpu"):
+            entered.set()
+            leave.wait(10)
+            seen.append(_dispatch.requested())
+
+    thread = threading.Thread(target=other)
+    with fusae.backend("reference"):
+        thread.start()
+        entered.wait(10)
+        assert _dispatch.requested() == "reference"
+    leave.set()
+    thread.join(10)
+    assert seen == ["cpu"] and _dispatch.requested() is None
+
+
+def test_a_context_inside_and_around_compiled_code(fakes):
+    torch._dynamo.reset()
+
+    def inside(pre):
+        with fusae.backend("reference"):
+            return fusae.topk(pre, 1).values
+
+    pre = torch.randn(2, 8)
+    compiled = torch.compile(inside, fullgraph=True, backend="eager")
+    assert_equal(compiled(pre), pre.max(1, keepdim=True).values)
+    assert fakes == [] and _dispatch.requested() is None
+    around = torch.compile(lambda pre: fusae.topk(pre, 1).values, fullgraph=True, backend="eager")
+    with fusae.backend("cpu"):
+        around(pre)
+    assert fakes == [("cpu", "topk_fwd")]
 
 
 def test_no_backend_at_all_says_why_for_each(fakes, monkeypatch):

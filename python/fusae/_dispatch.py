@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,7 +21,15 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 
 _lib = torch.library.Library("fusae", "DEF")
 _ops: list[str] = []
-_forced: list[str] = []
+
+
+class _Forced(threading.local):
+    """The backend of the innermost `backend()` context of this thread. (torch.compile traces no ``ContextVar``.)"""
+
+    name: str | None = None
+
+
+_forced = _Forced()
 
 
 class _Entry(NamedTuple):
@@ -44,17 +53,22 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define the torch op ``fusae::<schema>`` (last argument: ``str? backend=None``) and return its callable.
 
     Registered once, for every device: the implementation asks `select`. `fake` gives the outputs' shapes for tracing.
-    Raw ops have no autograd formula; the public functions put a ``torch.autograd.Function`` around them.
+    Raw ops have no autograd formula; the public functions put a ``torch.autograd.Function`` around them. Arguments that
+    the schema marks as written to are made known to autograd, so that a graph which saved one of them raises.
     """
     name = schema.split("(", 1)[0]
     _lib.define(schema)
+    arguments = torch._C.parse_schema(f"fusae::{schema}").arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def run(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
         chosen, device = select(name, args, kwargs, backend), args[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return chosen(*args, **kwargs)
-        with torch.autocast(device, enabled=False):  # inputs were cast in public; sums inside stay float32
-            return chosen(*args, **kwargs)
+        # Inputs were cast in public; sums inside stay float32.
+        off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+        with off:
+            result = chosen(*args, **kwargs)
+        torch.autograd.graph.increment_version([args[i] for i in written])
+        return result
 
     torch.library.impl(_lib, name, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(f"fusae::{name}", fake, lib=_lib)
@@ -103,8 +117,8 @@ def requested(backend: str | None = None) -> str | None:
     """The backend asked for: the argument, else the innermost `backend()` context, else ``FUSAE_BACKEND``, else None."""
     if backend is not None:
         return _check_name(backend, "backend")
-    if _forced:
-        return _forced[-1]
+    if _forced.name is not None:
+        return _forced.name
     name = os.environ.get("FUSAE_BACKEND")
     return _check_name(name, "the environment variable FUSAE_BACKEND") if name else None
 
@@ -128,10 +142,11 @@ def select(op: str, args: tuple, kwargs: dict, backend: str | None = None) -> Ca
 def backend(name: str) -> Iterator[None]:
     """Run every op inside the ``with`` block on backend `name` ("cuda", "triton", "cpu" or "reference"), or raise.
 
-    An op traced by ``torch.compile`` keeps the backend that was in force when it was traced.
+    It holds for the thread that entered it, and for the backward passes of what was computed inside. An op traced by
+    ``torch.compile`` keeps the backend that was in force when it was traced.
     """
-    _forced.append(_check_name(name, "backend"))
+    before, _forced.name = _forced.name, _check_name(name, "backend")
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.name = before
