@@ -116,3 +116,41 @@ def test_a_large_step_count(target):
     with target.active():
         fusae.adam_rows_(*state, torch.randn(40, 17), lr=1e-2, step=10**9)
     assert all(t.isfinite().all() for t in state)
+
+
+@each_target
+def test_autograd_sees_that_the_tensors_were_written(target):
+    state = _state()
+    weight = state[0].requires_grad_()
+    stale = weight.pow(2).sum()
+    before = [t._version for t in state]
+    with target.active(), torch.no_grad():
+        fusae.adam_rows_(*state, torch.randn(40, 17), lr=1e-2, step=1)
+    assert all(t._version > v for t, v in zip(state, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        stale.backward()
+
+
+@each_target
+def test_inference_tensors_are_stepped_too(target):
+    with target.active(), torch.inference_mode():
+        state = _state()
+        before = state[0].clone()
+        fusae.adam_rows_(*state, torch.randn(40, 17), lr=1e-2, step=1)
+        assert not torch.equal(state[0], before)
+
+
+@each_target
+@pytest.mark.parametrize("rows", [[3, 40], [-1, 3], [3, 3], [7, 3], [2**40, 2**41]], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_that_are_no_set_of_rows_are_refused(target, rows, masked):
+    """A sparse gradient can be built without checks and can claim to be coalesced: nothing is written then."""
+    state, values = _state(), torch.randn(2, 17)
+    before = [t.clone() for t in state]
+    grad = torch.sparse_coo_tensor(
+        torch.tensor([rows]), values, (40, 17), is_coalesced=True, check_invariants=False
+    )
+    with target.active(), pytest.raises(IndexError, match="grad: rows must"):
+        fusae.adam_rows_(*state, grad, lr=1e-2, step=1, masked=masked)
+    for a, b in zip(state, before, strict=True):
+        assert_equal(a, b)

@@ -184,6 +184,15 @@ def decode_bwd(
     return grad_values, rows, grad_W
 
 
+def _check_rows(rows: Tensor, m: int) -> None:
+    """A sparse gradient is not checked when it is built: its rows may be out of range, unordered or repeated."""
+    if rows.numel() and (int(rows[0]) < 0 or int(rows[-1]) >= m or not bool((rows[1:] > rows[:-1]).all())):
+        raise IndexError(
+            f"grad: rows must lie in [0, {m}) and ascend, each once, got {rows.numel()} rows from "
+            f"{int(rows.min())} to {int(rows.max())}; build the gradient with check_invariants=True, or coalesce it"
+        )
+
+
 def adam_rows_(
     param: Tensor,
     exp_avg: Tensor,
@@ -203,6 +212,8 @@ def adam_rows_(
 ) -> None:
     """One Adam step of the rows of `param` ``[m, d]`` in place. See `fusae.adam_rows_` for the formula."""
     acc = accumulator(param.dtype)
+    if rows is not None:
+        _check_rows(rows, param.shape[0])
     touched = slice(None) if rows is None or not masked else rows
     if rows is None or masked:
         g = grad.to(acc)

@@ -46,7 +46,8 @@ def adam_rows_(
     Args:
         param: ``[m, d]`` parameter, contiguous; float32, bfloat16, float16 or float64.
         exp_avg, exp_avg_sq: ``[m, d]`` moments, contiguous; float32 (float64 for a float64 parameter).
-        grad: ``[m, d]`` dense, or a ``torch.sparse_coo`` tensor over rows (coalesced first if it is not).
+        grad: ``[m, d]`` dense, or a ``torch.sparse_coo`` tensor over rows (coalesced first if it is not). Rows outside
+            ``[0, m)``, or unordered ones under the mark of a coalesced gradient, raise an IndexError.
         lr, betas, eps, weight_decay: as in ``torch.optim.Adam``.
         step: number of this step, from 1 (bias correction).
         decoupled: weight decay as in AdamW rather than added to the gradient.
