@@ -52,6 +52,12 @@ ENCODE = {
     ),
     "x complex": (dict(x=_x(dtype=torch.complex64)), TypeError, "x must be .* got torch.complex64"),
     "x scalar": (dict(x=torch.tensor(1.0)), ValueError, r"x must have shape \[\.\.\., d\], got a scalar"),
+    "x no width": (dict(x=_x(N, 0), W_enc=_W(M, 0)), ValueError, "x must have at least one dimension .d >= 1., got d = 0"),
+    "x sparse": (dict(x=_x().to_sparse()), TypeError, "x must be a dense tensor, got layout torch.sparse_coo.*to_dense"),
+    "W sparse": (dict(W_enc=_W().to_sparse()), TypeError, "W_enc must be a dense tensor, got layout torch.sparse_coo"),
+    "W mkldnn": (dict(W_enc=_W().to_mkldnn()), TypeError, "W_enc must be a dense tensor, got layout torch._mkldnn"),
+    "b sparse": (dict(b_enc=_x(M).to_sparse()), TypeError, "b_enc must be a dense tensor"),
+    "mask sparse": (dict(aux_mask=_mask().to_sparse(), k_aux=2), TypeError, "aux_mask must be a dense tensor"),
     "W None": (dict(W_enc=None), TypeError, "W_enc must be a torch.Tensor, got NoneType"),
     "W transposed": (
         dict(W_enc=_W(D, M)),
@@ -80,6 +86,11 @@ ENCODE = {
     "k None": (dict(k=None), TypeError, "k must be an int, got NoneType"),
     "activation": (dict(activation="gelu"), ValueError, "activation must be one of 'relu', 'none', got 'gelu'"),
     "select": (dict(select="bottom"), ValueError, "select must be one of .*'topk', 'abs'.* got 'bottom'"),
+    "abs relu": (
+        dict(select="abs"),
+        ValueError,
+        "activation must be 'none' with select 'abs' .a ReLU would empty the negative ones., got 'relu'",
+    ),
     "norms shape": (dict(norms=_x(D)), ValueError, r"norms must have shape \[40\]"),
     "norms device": (dict(norms=_x(M, device=META)), ValueError, "norms must be on cpu"),
     "mask shape": (dict(aux_mask=_mask()[:-1], k_aux=2), ValueError, r"aux_mask must have shape \[40\]"),
@@ -101,6 +112,7 @@ def test_encode_topk(change, error, message):
 TOPK = {
     "list": (dict(pre=[1.0]), TypeError, "pre must be a torch.Tensor, got list"),
     "int": (dict(pre=_x(dtype=torch.int32)), TypeError, "pre must be float32, .* got torch.int32"),
+    "sparse": (dict(pre=_x().to_sparse()), TypeError, "pre must be a dense tensor, got layout torch.sparse_coo"),
     "scalar": (dict(pre=torch.tensor(1.0)), ValueError, r"pre must have shape \[\.\.\., m\], got a scalar"),
     "k > m": (dict(k=9), ValueError, "k must be between 1 and m = 8, got 9"),
     "k 0": (dict(k=0), ValueError, "k must be between 1 and m = 8, got 0"),
@@ -119,6 +131,8 @@ def test_topk(change, error, message):
 DECODE = {
     "codes": (dict(codes=_x()), TypeError, "codes must be a fusae.SparseCodes, got Tensor"),
     "W list": (dict(W_dec=[1.0]), TypeError, "W_dec must be a torch.Tensor, got list"),
+    "W sparse": (dict(W_dec=_W().to_sparse()), TypeError, "W_dec must be a dense tensor, got layout torch.sparse_coo"),
+    "b sparse": (dict(b_dec=_x(D).to_sparse()), TypeError, "b_dec must be a dense tensor"),
     "W transposed": (
         dict(W_dec=_W(D, M)),
         ValueError,
@@ -156,13 +170,30 @@ def _csr():
         return torch.zeros(M, D).to_sparse_csr()
 
 
+_SAME = _W()
 ADAM = {
     "param list": (dict(param=[1.0]), TypeError, "param must be a torch.Tensor, got list"),
     "param int": (dict(param=_W(dtype=torch.int64)), TypeError, "param must be float32"),
     "param strided": (dict(param=_W(D, M).T), ValueError, "param must be a contiguous .* strides"),
     "param 1-D": (dict(param=_W(M)), ValueError, r"param must be a contiguous \[m, d\] matrix, got \[40\]"),
-    "exp_avg shape": (dict(exp_avg=_W(M, 7)), ValueError, r"exp_avg must be contiguous and have shape \[40, 8\]"),
-    "exp_avg strided": (dict(exp_avg=_W(D, M).T), ValueError, "exp_avg must be contiguous"),
+    "param sparse": (dict(param=_sparse()), TypeError, "param must be a dense tensor"),
+    "exp_avg shape": (
+        dict(exp_avg=_W(M, 7)),
+        ValueError,
+        r"exp_avg must be contiguous and have shape \[40, 8\] like param, got \[40, 7\], strides \(7, 1\)",
+    ),
+    "exp_avg strided": (dict(exp_avg=_W(D, M).T), ValueError, r"exp_avg must be contiguous .* strides \(1, 40\)"),
+    "exp_avg sparse": (dict(exp_avg=_sparse()), TypeError, "exp_avg must be a dense tensor"),
+    "moments twice": (
+        dict(exp_avg=_SAME, exp_avg_sq=_SAME),
+        ValueError,
+        "param, exp_avg and exp_avg_sq must be three tensors, got the same one twice",
+    ),
+    "moment is param": (
+        dict(param=_SAME, exp_avg=_SAME),
+        ValueError,
+        "param, exp_avg and exp_avg_sq must be three tensors, got the same one twice",
+    ),
     "exp_avg dtype": (
         dict(exp_avg=_W(dtype=torch.bfloat16)),
         TypeError,
@@ -184,10 +215,16 @@ ADAM = {
     "step 0": (dict(step=0), ValueError, "step must be an int >= 1, got 0"),
     "step float": (dict(step=1.5), ValueError, "step must be an int >= 1, got 1.5"),
     "step bool": (dict(step=True), ValueError, "step must be an int >= 1, got True"),
-    "beta1": (dict(betas=(1.0, 0.9)), ValueError, r"beta1 must be in \[0, 1\), got 1.0"),
-    "beta2": (dict(betas=(0.9, -0.1)), ValueError, r"beta2 must be in \[0, 1\), got -0.1"),
-    "beta nan": (dict(betas=(math.nan, 0.9)), ValueError, r"beta1 must be in \[0, 1\), got nan"),
-    "lr None": (dict(lr=None), TypeError, "lr must be a number, got NoneType"),
+    "betas number": (dict(betas=0.9), TypeError, r"betas must be two numbers \(beta1, beta2\), got 0.9"),
+    "betas three": (dict(betas=(0.9, 0.99, 0.999)), TypeError, "betas must be two numbers .* got .0.9, 0.99, 0.999."),
+    "betas one": (dict(betas=(0.9,)), TypeError, "betas must be two numbers"),
+    "betas text": (dict(betas=("0.9", 0.999)), TypeError, "beta1 must be a .*number, got str '0.9'"),
+    "beta2 None": (dict(betas=(0.9, None)), TypeError, "beta2 must be a .*number, got NoneType"),
+    "betas str": (dict(betas="ab"), TypeError, "betas must be two numbers"),
+    "beta1": (dict(betas=(1.0, 0.9)), ValueError, r"beta1 must be .*less than 1, got 1.0"),
+    "beta2": (dict(betas=(0.9, -0.1)), ValueError, r"beta2 must be at least 0 .*got -0.1"),
+    "beta nan": (dict(betas=(math.nan, 0.9)), ValueError, r"beta1 must be .*got nan"),
+    "lr None": (dict(lr=None), TypeError, "lr must be a plain number, got NoneType"),
     "lr nan": (dict(lr=math.nan), ValueError, "lr must be .*got nan"),
     "lr inf": (dict(lr=math.inf), ValueError, "lr must be .*got inf"),
     "lr negative": (dict(lr=-1e-3), ValueError, "lr must be .*got -0.001"),

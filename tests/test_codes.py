@@ -185,6 +185,32 @@ def test_bad_codes(values, indices, offsets, error, message):
         SparseCodes(values, indices, 20, offsets)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"values": [1.0]}, TypeError, "values must be a torch.Tensor, got list"),
+        ({"indices": None}, TypeError, "indices must be a torch.Tensor, got NoneType"),
+        ({"offsets": [0, 3]}, TypeError, "offsets must be a torch.Tensor, got list"),
+        ({"indices": torch.zeros(3, device="meta").int()}, ValueError, "indices must be on cpu like values, got meta"),
+        ({"offsets": torch.zeros(2, device="meta").long()}, ValueError, "offsets must be on cpu like values, got meta"),
+        ({"values": torch.ones(3).to_sparse()}, TypeError, "values must be a dense tensor, got layout torch.sparse_coo"),
+        ({"m": "8"}, TypeError, "m must be an int, got str '8'"),
+        ({"m": 8.0}, TypeError, "m must be an int, got float 8.0"),
+        ({"m": True}, TypeError, "m must be an int, got bool True"),
+        ({"m": None}, TypeError, "m must be an int, got NoneType"),
+        ({"m": -5}, ValueError, "m must be between 1 and 2..31 - 1 .indices are int32., got -5"),
+        ({"m": 0}, ValueError, "m must be between 1 .* got 0"),
+        ({"m": 2**31}, ValueError, "m must be between 1 .* got 2147483648"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_parts_of_codes(change, error, message):
+    parts = {"values": torch.ones(3), "indices": torch.arange(3).int(), "m": 20, "offsets": torch.tensor([0, 3])}
+    SparseCodes(**parts)
+    with pytest.raises(error, match=message):
+        SparseCodes(**{**parts, **change})
+
+
 def test_bad_dense():
     with pytest.raises(ValueError, match=r"dense must have shape \[n, m\], got \[20\]"):
         SparseCodes.from_dense(torch.zeros(20))

@@ -30,7 +30,7 @@ RULES = [
     ("_dispatch.py", ()),
     ("codes.py", ()),
     ("_fields.py", ()),
-    ("_checks.py", ("fusae.codes",)),
+    ("_checks.py", ("fusae.codes", "fusae._fields")),
     ("ops/__init__.py", ("fusae.ops",)),
     ("ops/", ("fusae._dispatch", "fusae._checks", "fusae.codes")),
     ("backends/__init__.py", ()),

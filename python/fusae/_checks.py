@@ -8,10 +8,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._fields import choice, number
+
 if TYPE_CHECKING:
     from .codes import SparseCodes
 
+__all__ = [
+    "accumulator", "autocast", "choice", "codes", "count", "dense", "floating", "like", "matrix", "number",
+    "row_gradient", "tensor", "vector",
+]  # fmt: skip
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over tensors of `dtype` are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tensor(name: str, value: object) -> Tensor:
@@ -20,8 +32,16 @@ def tensor(name: str, value: object) -> Tensor:
     return value
 
 
-def floating(name: str, value: object) -> Tensor:
+def dense(name: str, value: object) -> Tensor:
+    """A tensor with strides: not sparse, not in a layout of some library."""
     value = tensor(name, value)
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}; call .to_dense() first")
+    return value
+
+
+def floating(name: str, value: object) -> Tensor:
+    value = dense(name, value)
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     return value
@@ -38,6 +58,8 @@ def like(name: str, value: Tensor, ref_name: str, ref: Tensor, *, dtype: bool = 
 def matrix(name: str, value: object, columns: int, columns_of: str) -> Tensor:
     """A weight ``[m, d]`` whose width d is that of another argument."""
     value = floating(name, value)
+    if columns < 1:
+        raise ValueError(f"{columns_of} must have at least one dimension (d >= 1), got d = {columns}")
     if value.ndim != 2 or value.shape[1] != columns:
         hint = " (transposed?)" if value.ndim == 2 and value.shape[0] == columns else ""
         raise ValueError(
@@ -51,7 +73,7 @@ def matrix(name: str, value: object, columns: int, columns_of: str) -> Tensor:
 
 
 def vector(name: str, value: object, length: int, meaning: str) -> Tensor:
-    value = tensor(name, value)
+    value = dense(name, value)
     if value.ndim != 1 or value.shape[0] != length:
         raise ValueError(f"{name} must have shape [{length}] ({meaning}), got {list(value.shape)}")
     return value
@@ -63,21 +85,6 @@ def count(name: str, value: object, upper: int, upper_name: str, *, lower: int =
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
     if value < lower or value > upper:
         raise ValueError(f"{name} must be between {lower} and {upper_name} = {upper}, got {value}")
-    return value
-
-
-def number(name: str, value: object) -> float:
-    """A finite number >= 0 (a rate, a decay, an epsilon)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-    return value
-
-
-def choice(name: str, value: object, options: tuple[str, ...]) -> str:
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
     return value
 
 

@@ -27,6 +27,20 @@ class SparseCodes:
 
     def __post_init__(self) -> None:
         values, indices, offsets = self.values, self.indices, self.offsets
+        for name in ("values", "indices", "offsets"):
+            part = getattr(self, name)
+            if part is None and name == "offsets":
+                continue
+            if not isinstance(part, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(part).__name__}")
+            if part.layout != torch.strided:
+                raise TypeError(f"{name} must be a dense tensor, got layout {part.layout}; call .to_dense() first")
+            if part.device != values.device:
+                raise ValueError(f"{name} must be on {values.device} like values, got {part.device}")
+        if isinstance(self.m, bool) or not isinstance(self.m, (int, torch.SymInt)):
+            raise TypeError(f"m must be an int, got {type(self.m).__name__} {self.m!r}")
+        if self.m < 1 or self.m >= 2**31:
+            raise ValueError(f"m must be between 1 and 2**31 - 1 (indices are int32), got {self.m}")
         if indices.dtype != torch.int32:
             raise TypeError(f"indices must be int32, got {indices.dtype}")
         if values.shape != indices.shape:

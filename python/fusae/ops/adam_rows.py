@@ -64,14 +64,19 @@ def adam_rows_(
     _checks.floating("param", param)
     if param.ndim != 2 or not param.is_contiguous():
         raise ValueError(f"param must be a contiguous [m, d] matrix, got {list(param.shape)}, strides {param.stride()}")
-    state_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    state_dtype = _checks.accumulator(param.dtype)
     for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        _checks.tensor(name, state)
+        _checks.dense(name, state)
         if state.shape != param.shape or not state.is_contiguous():
-            raise ValueError(f"{name} must be contiguous and have shape {list(param.shape)} like param")
+            raise ValueError(
+                f"{name} must be contiguous and have shape {list(param.shape)} like param, "
+                f"got {list(state.shape)}, strides {state.stride()}"
+            )
         if state.dtype != state_dtype:
             raise TypeError(f"{name} must be {state_dtype}, got {state.dtype}")
         _checks.like(name, state, "param", param, dtype=False)
+    if param is exp_avg or param is exp_avg_sq or exp_avg is exp_avg_sq:
+        raise ValueError("param, exp_avg and exp_avg_sq must be three tensors, got the same one twice")
     _checks.tensor("grad", grad)
     if grad.shape != param.shape:
         raise ValueError(f"grad must have shape {list(param.shape)} like param, got {list(grad.shape)}")
@@ -82,9 +87,10 @@ def adam_rows_(
         _checks.number(name, value)
     if isinstance(step, bool) or not isinstance(step, int) or step < 1:
         raise ValueError(f"step must be an int >= 1, got {step!r}")
-    for name, value, low, high in (("beta1", betas[0], 0.0, 1.0), ("beta2", betas[1], 0.0, 1.0)):
-        if not low <= value < high:
-            raise ValueError(f"{name} must be in [0, 1), got {value}")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be two numbers (beta1, beta2), got {betas!r}")
+    for name, value in zip(("beta1", "beta2"), betas, strict=True):
+        _checks.number(name, value, 0.0, 1.0)
     rows = None
     if grad.layout == torch.sparse_coo:
         if grad.sparse_dim() != 1:

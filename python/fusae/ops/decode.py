@@ -65,8 +65,7 @@ class _Decode(torch.autograd.Function):
                 )
         grad_b = None
         if need_b:
-            acc = torch.float64 if grad_y.dtype == torch.float64 else torch.float32
-            grad_b = grad_y.sum(0, dtype=acc).to(ctx.b_dtype)
+            grad_b = grad_y.sum(0, dtype=_checks.accumulator(grad_y.dtype)).to(ctx.b_dtype)
         return grad_values if need_values else None, None, None, grad_W if need_W else None, grad_b, None, None
 
 
@@ -97,7 +96,7 @@ def decode(
         y = codes.to_dense() @ W_dec + b_dec
     """
     codes = _checks.codes("codes", codes)
-    W_dec = _checks.tensor("W_dec", W_dec)
+    W_dec = _checks.dense("W_dec", W_dec)
     if W_dec.ndim != 2 or W_dec.shape[0] != codes.m:
         hint = " (transposed?)" if W_dec.ndim == 2 and W_dec.shape[1] == codes.m else ""
         raise ValueError(

@@ -96,7 +96,7 @@ def encode_topk(
         b_enc: ``[m]`` encoder bias, dtype of `x`, or None.
         k: latents kept per row, ``1 <= k <= m``.
         activation: 'relu' (a selected latent at or below 0 gets value +0 and no gradient) or 'none'.
-        select: 'topk' by pre-activation, or 'abs' by its magnitude (AbsTopK, arXiv:2510.00404; wants activation 'none').
+        select: 'topk' by pre-activation, or 'abs' by its magnitude (AbsTopK, arXiv:2510.00404; needs activation 'none').
         norms: ``[m]`` float32; selection by ``pre · norms`` (pass the decoder row norms). Values stay the pre-activations.
         aux_mask: ``[m]`` bool (dead latents): a second, independent top-`k_aux` among the latents where it is true, from
             the same pass (AuxK, Gao et al. 2024, arXiv:2406.04093). Filled up with value 0 where there are fewer.
@@ -114,7 +114,7 @@ def encode_topk(
         values, indices = torch.topk(torch.nn.functional.linear(x, W_enc, b_enc), k)
         values = values.relu()
     """
-    x, W_enc = _checks.floating("x", x), _checks.tensor("W_enc", W_enc)
+    x, W_enc = _checks.floating("x", x), _checks.dense("W_enc", W_enc)
     if x.ndim < 1:
         raise ValueError("x must have shape [..., d], got a scalar")
     x, W_enc, b_enc = _checks.autocast(x, W_enc, b_enc)
@@ -128,10 +128,14 @@ def encode_topk(
     k = _checks.count("k", k, m, "m")
     _checks.choice("activation", activation, ACTIVATIONS)
     _checks.choice("select", select, SELECTS)
+    if select == "abs" and activation != "none":
+        raise ValueError(
+            f"activation must be 'none' with select 'abs' (a ReLU would empty the negative ones), got {activation!r}"
+        )
     if norms is not None:
         _checks.vector("norms", norms, m, "one per latent")
         _checks.like("norms", norms, "x", x, dtype=False)
-        norms = norms.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        norms = norms.detach().to(_checks.accumulator(x.dtype))
     if aux_mask is None:
         if k_aux != 0:
             raise ValueError(f"k_aux must be 0 without aux_mask, got {k_aux}; pass the mask of latents to choose from")
