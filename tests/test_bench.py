@@ -22,7 +22,7 @@ TINY = {"n": 24, "d": 16, "m": 96, "k": 4}
 def small_probes():
     """The probes of the machine's rates take a second; their size does not matter here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "rates", functools.partial(bench.rates, size=64, length=2**16))
+        patch.setattr(bench, "probes", functools.partial(bench.probes, size=64, length=2**16))
         yield
 
 
@@ -222,7 +222,8 @@ def test_rows_say_what_was_measured(rows):
     assert by_name["fusae"].shape == TINY and by_name["fusae"].rounds == 2 and by_name["fusae"].data == "planted"
     assert by_name["fusae"].parameter_bytes == 4 * (2 * 96 * 16 + 96 + 16)
     assert by_name["gemm"].flops == 2 * 24 * 96 * 16
-    assert by_name["gemm"].roofline == pytest.approx(1.0)
+    for row in rows:  # nothing passes the rates of the machine: a tiny op is far below them
+        assert 0 < row.roofline < 1 and row.peak_tflops > 0 and row.copy_gbps > 0
     for row in rows:
         assert row.tflops == pytest.approx(row.flops / row.p50_ms / 1e9)
 

@@ -49,7 +49,7 @@ def report():
 def small_probes():
     """The probes of the machine's rates take a second; their size does not matter here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "rates", functools.partial(bench.rates, size=64, length=2**16))
+        patch.setattr(bench, "probes", functools.partial(bench.probes, size=64, length=2**16))
         yield
 
 

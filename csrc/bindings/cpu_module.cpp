@@ -121,4 +121,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("by_latent", &by_latent);
   m.def("latent_pass", &latent_pass);
   m.def("adam_rows", &adam_rows);
+  m.def("fma_burst", [](int64_t iterations, int threads) {
+    const py::gil_scoped_release release;
+    return cpu::active().fma_burst(iterations, threads);
+  }, "multiply-adds on registers alone; the number of floating-point operations done");
 }

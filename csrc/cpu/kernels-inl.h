@@ -25,11 +25,13 @@ namespace {
 #include "cpu/decode-inl.h"
 #include "cpu/latent_pass-inl.h"
 #include "cpu/adam_rows-inl.h"
+#include "cpu/fma_burst-inl.h"
 }  // namespace
 
 extern const Table table;
 const Table table = {
     FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, encode_select, decode, by_latent, latent_pass, adam_rows,
+    fma_burst,
 };
 
 }  // namespace fusae::cpu::FUSAE_ISA

@@ -146,6 +146,7 @@ struct Table {
   void (*by_latent)(const ByLatentArgs&);
   void (*latent_pass)(const LatentPassArgs&);
   void (*adam_rows)(const AdamRowsArgs&);
+  double (*fma_burst)(int64_t iterations, int32_t threads);  // floating-point operations done
 };
 
 const Table& active();

@@ -375,6 +375,12 @@ def adam_rows_(
     )  # fmt: skip
 
 
+def fma_burst() -> float:
+    """Multiply-adds on registers alone, on all threads: some tens of ms. The floating-point operations done, which over the
+    time taken is the rate that no float32 GEMM on this processor can pass."""
+    return _C.fma_burst(4_000_000, torch.get_num_threads())
+
+
 TABLE = {
     name: (globals()[name], _why_not)
     for name in ("topk_fwd", "topk_bwd", "encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "adam_rows_")

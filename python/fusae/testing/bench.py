@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import cpu
 from .bench_row import Row, RowError, append_rows, environment, parse_rows, read_rows
 
 __all__ = [
@@ -202,18 +203,32 @@ def contender(module: str, op: str, name: str, backend: str, **inputs: Any) -> C
     return build(make_inputs(**inputs), inputs["k"], backend)
 
 
-def rates(
-    dtype: str = "float32", device: str = "cpu", *, size: int | None = None, length: int | None = None
-) -> tuple[float, float]:
-    """Rates of a GEMM of `size` cubed (flop/s) and of a copy of `length` bytes (read + written a second), medians."""
+def probes(dtype: str, device: str, *, size: int = 8192, length: int | None = None) -> dict[str, Callable[[], float]]:
+    """What this machine can do: calls that return how much they did, to be timed among the contenders.
+
+    'compute' (flop): on a CPU with the native module, multiply-adds on registers; elsewhere a GEMM of `size` cubed.
+    'copy' (bytes read and written): a copy of `length` bytes.
+    """
     on_cpu = torch.device(device).type == "cpu"
-    size, length = size or (1024 if on_cpu else 8192), length or (2**27 if on_cpu else 2**30)
-    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    out, source = torch.empty_like(a), torch.ones(length, dtype=torch.uint8, device=device)
+    length = length or (2**27 if on_cpu else 2**30)
+    source = torch.ones(length, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    probes = {"gemm": lambda: torch.mm(a, a.T, out=out), "copy": lambda: target.copy_(source)}
-    times = interleaved(probes, 5, 2, device=device)
-    return 2 * size**3 / percentiles(times["gemm"]).p50, 2 * length / percentiles(times["copy"]).p50
+
+    def copy() -> float:
+        target.copy_(source)
+        return 2.0 * length
+
+    if on_cpu and cpu.unavailable() is None:
+        return {"compute": cpu.fma_burst, "copy": copy}
+    size = min(size, 1024) if on_cpu else size
+    a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
+    out = torch.empty_like(a)
+
+    def gemm() -> float:
+        torch.mm(a, a.T, out=out)
+        return 2.0 * size**3
+
+    return {"compute": gemm, "copy": copy}
 
 
 @contextlib.contextmanager
@@ -292,18 +307,18 @@ def measure(
                 spec = {"module": known[name][0], "op": op, "name": name, "backend": backend, **arguments}
                 warm = {**_WARM, "data": None}
                 peaks[name] = peak_memory(f"{__name__}:contender", spec, warm=warm, device=device)
-        gemm_rate, copy_rate = rates(dtype, device)
         calls = {name: known[name][1](inputs, k, backend) for name in names}
-        times = interleaved(calls, rounds, warmup, device=device)
+        limits = probes(dtype, device)
+        work = {name: probe() for name, probe in limits.items()}
+        times = interleaved({**calls, **limits}, rounds, warmup, device=device)
+        compute_rate, copy_rate = (work[name] / percentiles(times.pop(name)).p50 for name in ("compute", "copy"))
         used_threads = torch.get_num_threads()
     itemsize = inputs.W_enc.element_size()
-    if "gemm" in times:  # the rate at the very shape rather than that of a square
-        gemm_rate = workloads.cost("gemm", **shape, itemsize=itemsize)[0] / percentiles(times["gemm"]).p50
     rows = []
     for name in names:
         flops, moved = workloads.cost("gemm" if name == "gemm" else op, **shape, itemsize=itemsize)
         spread = percentiles(times[name])
-        ideal = max(flops / gemm_rate, 0 if name == "gemm" else moved / copy_rate)
+        ideal = max(flops / compute_rate, 0 if name == "gemm" else moved / copy_rate)
         rows.append(Row(
             op=op, mode=workloads.MODE[op], name=name, backend=backend if name.startswith("fusae") else None,
             shape=shape, dtype=dtype, threads=used_threads, rounds=rounds,
@@ -311,7 +326,7 @@ def measure(
             baseline=baseline if baseline in times else None,
             ratio=ratio(times, name, baseline) if baseline in times else None,
             flops=flops, bytes=moved, tflops=flops / spread.p50 / 1e12, gbps=moved / spread.p50 / 1e9,
-            gemm_tflops=gemm_rate / 1e12, copy_gbps=copy_rate / 1e9, roofline=ideal / spread.p50,
+            peak_tflops=compute_rate / 1e12, copy_gbps=copy_rate / 1e9, roofline=ideal / spread.p50,
             peak_bytes=peaks[name], parameter_bytes=inputs.parameter_bytes,
             data="planted" if data is None else Path(data).name, **where,
         ))  # fmt: skip
