@@ -124,6 +124,31 @@ def test_loss_divides_by_the_given_variance():
     torch.testing.assert_close(coder.loss(x.reshape(1, N, D), variance=2.5).loss, expected)
 
 
+@pytest.mark.parametrize("variance", [0.0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_loss_refuses_a_variance_that_cannot_divide(variance):
+    with pytest.raises((ValueError, TypeError), match="variance must be"):
+        make().loss(rows(), variance=variance)
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_loss_does_not_depend_on_the_number_of_threads(dead):
+    """Whole numbers in the encoder: its product is exact, so that the sums of the loss are under test."""
+    coder = SparseCoder(SparseCoderConfig(d=96, m=64, k=4, k_aux=8))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        coder.W_enc.copy_(torch.randint(-2, 3, coder.W_enc.shape, generator=generator))
+    x = torch.randint(-9, 10, (4096, 96), generator=generator).float()
+    mask, before, results = torch.arange(64) % 2 == 0, torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            out = coder.loss(x, mask if dead else None)
+            results.append([out.loss.item(), out.mse.item(), out.sse.item(), out.aux.item() if dead else 0.0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(result == results[0] for result in results), results
+
+
 def test_auxk_alone_reaches_the_encoder_of_dead_latents_only():
     coder, x = make(), rows()
     dead = torch.zeros(M, dtype=torch.bool)

@@ -124,6 +124,25 @@ def test_load_state_dict_refuses_other_shapes():
         other.load_state_dict(optimizer.state_dict())
 
 
+def test_load_state_dict_refuses_a_state_of_torch_and_changes_nothing():
+    params = parameters(torch.float32)
+    theirs, ours = torch.optim.Adam(params), Adam(params, lr=0.25)
+    run(theirs, params, torch.float32, range(1))
+    with pytest.raises(ValueError, match=r"state_dict: group 0 lacks decoupled, masked, .*; it is not of a fusae.optim"):
+        ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.25 and not ours.state
+    run(ours, params, torch.float32, range(1))
+    saved = copy.deepcopy(ours.state_dict())
+    saved["param_groups"][0] |= {"lr": -1.0}
+    with pytest.raises(ValueError, match="lr must be at least 0"):
+        ours.load_state_dict(saved)
+    saved = copy.deepcopy(ours.state_dict())
+    del saved["state"][1]["exp_avg_sq"]
+    with pytest.raises(ValueError, match="state_dict: parameter 1 lacks exp_avg_sq"):
+        ours.load_state_dict(saved)
+    assert ours.param_groups[0]["lr"] == 0.25 and ours.state[params[0]]["step"] == 1
+
+
 def test_groups_and_schedulers():
     def schedule(cls):
         params = parameters(torch.float64)
@@ -167,6 +186,33 @@ def test_clip_equals_torch(sparse, max_norm):
     norm = Adam(params).clip_grad_norm_(max_norm)
     torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(plain, max_norm))
     close([p.grad.to_dense() for p in params], [p.grad for p in plain], torch.float64)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_clip_of_a_non_finite_norm_equals_torch(bad):
+    params, plain = parameters(torch.float64), parameters(torch.float64)
+    for p, q in zip(params, plain, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        p.grad[0] = q.grad[0] = bad
+    Adam(params).clip_grad_norm_(1.0), torch.nn.utils.clip_grad_norm_(plain, 1.0)
+    for p, q in zip(params, plain, strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=0, atol=0, equal_nan=True)
+        rest = p.grad[1:]
+        assert p.grad[0].isnan().all() and ((rest == 0) if bad == torch.inf else rest.isnan()).all()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_clip_does_not_depend_on_the_number_of_threads(seed):
+    before, generator, norms = torch.get_num_threads(), torch.Generator().manual_seed(seed), []
+    weight = torch.randn(4096, 96, generator=generator).requires_grad_()
+    weight.grad = torch.randn(4096, 96, generator=generator)
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            norms += [[float(Adam([weight], project=project).clip_grad_norm_(1e9)) for project in (True, False)]]
+    finally:
+        torch.set_num_threads(before)
+    assert all(pair == norms[0] for pair in norms), norms
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -15,6 +15,7 @@ from ..formats.native import load_pair, save_pair
 from ..ops import decode, encode_topk
 from .config import SparseCoderConfig
 from .init import geometric_median, random_unit_rows_, unit_rows_
+from .sums import total
 
 FORMAT, VERSION, STEM = "fusae.SparseCoder", 1, "coder"
 
@@ -156,6 +157,9 @@ class SparseCoder(nn.Module):
     ) -> CoderLoss:
         """The training loss of a batch: normalised squared error, plus AuxK for dead latents. No host sync.
 
+        Its sums do not depend on the number of threads. With `dead`, a reconstruction in a 16-bit dtype is rounded once
+        before `b_dec` is added and once after; without, and in `decode`, only after.
+
         Args:
             x: ``[..., d]``.
             dead: bool ``[m]``, or None for no AuxK term. The dead latents' best `k_aux` reconstruct the residual
@@ -163,8 +167,11 @@ class SparseCoder(nn.Module):
                 nothing is dead.
             k_aux: as in `encode`.
             aux_coefficient: weight of the AuxK term.
-            variance: mean squared distance of the data from their mean, by which the error is divided; None: that of
-                the batch.
+            variance: mean squared distance of the data from their mean, by which the error is divided, above 0 (a
+                tensor is not looked at); None: that of the batch.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
 
         Equivalent to::
 
@@ -178,6 +185,8 @@ class SparseCoder(nn.Module):
         n = x.shape[0]
         if n == 0:
             raise ValueError(f"x must have at least one row, got shape {list(x.shape)}")
+        if variance is not None and not isinstance(variance, Tensor):
+            _fields.number("variance", variance, above=True)
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         if dead is None:
             codes = self.encode(x)
@@ -187,18 +196,18 @@ class SparseCoder(nn.Module):
             reconstruction, aux_reconstruction = self._decode_both(codes, aux_codes)
         target = x.to(acc)
         error = reconstruction.to(acc) - target
-        sse = error.square().sum()
+        sse = total(error.square())
         if variance is None:
-            variance = (target - target.mean(0)).square().sum() / n
+            variance = total((target - target.mean(0)).square()) / n
             variance = torch.where(variance > 0, variance, 1.0)  # rows all alike: the plain error
         mse = sse / n / variance
         loss, aux = mse, None
         if aux_reconstruction is not None:
             residual = -error.detach()
-            spread = (residual - residual.mean(0)).square().sum()
+            spread = total((residual - residual.mean(0)).square())
             used = (spread > 0) & dead.any()
             # Divided by 1 where unused: a division by 0 would put NaN into the gradients even behind a `where`.
-            aux = (aux_reconstruction.to(acc) - residual).square().sum() / torch.where(used, spread, 1.0)
+            aux = total((aux_reconstruction.to(acc) - residual).square()) / torch.where(used, spread, 1.0)
             aux = torch.where(used, aux, 0.0)
             loss = mse + aux_coefficient * aux
         return CoderLoss(
@@ -211,7 +220,10 @@ class SparseCoder(nn.Module):
         )
 
     def _decode_both(self, codes: SparseCodes, aux: SparseCodes) -> tuple[Tensor, Tensor]:
-        """``(decode(codes) + b_dec, decode(aux))`` in one pass: one gradient of `W_dec`, not two to add up."""
+        """``(decode(codes) + b_dec, decode(aux))`` in one pass: one gradient of `W_dec`, not two to add up.
+
+        `decode` would add `b_dec` to the rows of both, so it is added after; in 16 bits that rounds once more.
+        """
         n, k, k_aux = len(codes), codes.values.shape[1], aux.values.shape[1]
         device = codes.device
         offsets = torch.cat([torch.arange(n, device=device) * k, torch.arange(n + 1, device=device) * k_aux + n * k])

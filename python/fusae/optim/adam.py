@@ -92,7 +92,7 @@ class Adam(torch.optim.Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self._state_of(param)
+                state = self.state_of(param)
                 # Counted only when the update went through: a raised step leaves the state as it was.
                 options["step"] = state["step"] + 1
                 if param.ndim == 2:
@@ -105,7 +105,8 @@ class Adam(torch.optim.Optimizer):
                 state["step"] += 1
         return loss
 
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
+    def state_of(self, param: Tensor) -> dict[str, Any]:
+        """``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter; made, all 0, where it has none yet."""
         state = self.state[param]
         if not state:
             dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
@@ -115,24 +116,29 @@ class Adam(torch.optim.Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a `state_dict()`. The moments keep their precision (torch would cast them to the parameter's dtype)."""
-        super().load_state_dict(state_dict)
+        """Load a `state_dict()`. The moments keep their precision (torch would cast them to the parameter's dtype).
+
+        Raises:
+            ValueError, TypeError: it is of another optimiser, of other groups or of other shapes; nothing has changed.
+        """
+        for i, group in enumerate(state_dict["param_groups"]):
+            if absent := [name for name in self.defaults if name not in group]:
+                raise ValueError(
+                    f"state_dict: group {i} lacks {', '.join(absent)}; it is not of a fusae.optim.Adam, and the state of "
+                    "another optimiser cannot be loaded"
+                )
+            _check_options(group)
         saved = state_dict["state"]
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(order, params, strict=True):
-            if index not in saved:
-                continue
+        pairs = [(i, param) for i, param in zip(order, params, strict=False) if i in saved]  # lengths: torch checks
+        for index, param in pairs:
+            _check_state(index, saved[index], param)
+        super().load_state_dict(state_dict)
+        for index, param in pairs:
             dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-            state = self.state[param]
-            for name in _MOMENTS:
-                if saved[index][name].shape != param.shape:
-                    raise ValueError(
-                        f"state_dict: {name} of parameter {index} must have shape {list(param.shape)}, "
-                        f"got {list(saved[index][name].shape)}"
-                    )
-                state[name] = saved[index][name].to(param.device, dtype, copy=True)
-            state["step"] = int(saved[index]["step"])
+            moments = {name: saved[index][name].to(param.device, dtype, copy=True) for name in _MOMENTS}
+            self.state[param] = {"step": int(saved[index]["step"]), **moments}
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -142,8 +148,8 @@ class Adam(torch.optim.Optimizer):
         projects, the norm is that of the projected gradient: the order is project, clip, step.
 
         Returns:
-            The norm before clipping, a scalar on the device of the gradients. A non-finite norm scales nothing away:
-            the gradients become NaN, as with torch's function.
+            The norm before clipping, a scalar on the device of the gradients. As with torch's function, a NaN norm makes
+            all gradients NaN; an infinite one makes infinite values NaN and all others 0.
         """
         _fields.number("max_norm", max_norm, above=True)
         squares, grads = [], []
@@ -178,7 +184,7 @@ def _square_norm(grad: Tensor, rows: Tensor | None, param: Tensor | None) -> Ten
         part = slice(start, start + _CHUNK)
         g, w = grad[part].to(acc), param[part if rows is None else rows[part]].to(acc)
         along, length2 = (g * w).sum(-1, keepdim=True), w.square().sum(-1, keepdim=True)
-        total += (g - torch.where(length2 > 0, along / length2, 0.0) * w).square().sum()
+        total += (g - torch.where(length2 > 0, along / length2, 0.0) * w).square().sum(-1).sum()
     return total
 
 
@@ -194,6 +200,17 @@ def _check_options(group: dict[str, Any]) -> None:
         _fields.flag(name, group[name])
     if group["masked"] and group["weight_decay"]:
         raise ValueError(f"weight_decay must be 0 with masked=True (SparseAdam has none), got {group['weight_decay']}")
+
+
+def _check_state(index: int, state: dict[str, Any], param: Tensor) -> None:
+    if absent := [name for name in ("step", *_MOMENTS) if name not in state]:
+        raise ValueError(f"state_dict: parameter {index} lacks {', '.join(absent)}")
+    for name in _MOMENTS:
+        if state[name].shape != param.shape:
+            raise ValueError(
+                f"state_dict: {name} of parameter {index} must have shape {list(param.shape)}, "
+                f"got {list(state[name].shape)}"
+            )
 
 
 def _check_param(param: Tensor) -> None:

@@ -71,7 +71,7 @@ def load_tensors(trainer: Trainer, path: Path) -> None:
     targets = _tensors(trainer)
     step = about["step"]
     for name, param in trainer.coder.named_parameters() if step else ():
-        state = trainer.optimizer._state_of(param)
+        state = trainer.optimizer.state_of(param)
         state["step"] = step
         targets.update({f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)})
     check_tensors(path, file, {name: (list(target.shape), target.dtype) for name, target in targets.items()})
