@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs: the order, the reasons, requests that cannot be met, `explain` and ``python -m fusae``."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -179,11 +180,44 @@ def test_explain_says_what_runs_and_why_not(fakes):
     assert particular[0].endswith("more than 10 columns (12)") and particular[2].endswith("runs")
 
 
+def test_explain_names_every_raw_op_behind_a_public_one():
+    def raw(op):
+        return list(dict.fromkeys(line.split()[0] for line in fusae.explain(op).splitlines()))
+
+    assert raw(fusae.encode_topk) == raw("encode_topk") == ["encode_topk_fwd", "encode_bwd"]
+    assert raw(fusae.decode) == ["decode_fwd", "decode_bwd"]
+    assert raw(fusae.topk) == ["topk_fwd", "topk_bwd"]
+    assert raw(fusae.adam_rows_) == ["adam_rows_"]
+    assert raw("encode_bwd") == ["encode_bwd"]
+
+
+@pytest.mark.parametrize("how", ["context", "environment"])
+def test_explain_follows_a_request(fakes, monkeypatch, how):
+    def verdicts(name):
+        with contextlib.ExitStack() as stack:
+            if how == "context":
+                stack.enter_context(fusae.backend(name))
+            else:
+                monkeypatch.setenv("FUSAE_BACKEND", name)
+            return [line.split(maxsplit=2)[1:] for line in fusae.explain(fusae.topk).splitlines()]
+
+    other = "not asked for"
+    assert verdicts("cpu") == 2 * [
+        ["cuda", other], ["triton", other], ["cpu", "runs (asked for)"], ["reference", other]
+    ]  # fmt: skip
+    assert verdicts("triton")[1] == ["triton", "cannot: no such device"]
+    assert verdicts("cuda")[0] == ["cuda", "runs (asked for)"]
+    assert fusae.explain("topk_fwd", backend="cpu").splitlines()[2].endswith("runs (asked for)")
+    assert verdicts("cuda")[4] == ["cuda", "cannot: no topk_bwd kernel"]
+
+
 def test_explain_refuses_unknown_ops():
     with pytest.raises(ValueError, match="op must be one of fusae's ops, got 'sort'; raw ops: "):
         fusae.explain("sort")
     with pytest.raises(ValueError, match="got 'gelu'"):
         fusae.explain(torch.nn.functional.gelu)
+    with pytest.raises(ValueError, match="got 'topk'"):
+        fusae.explain(torch.topk)
 
 
 def test_every_public_op_can_be_explained():
@@ -254,7 +288,10 @@ def test_python_m_fusae_prints_the_table():
             "FUSAE_BACKEND",
             "the environment variable FUSAE_BACKEND must be one of cuda, triton, cpu, reference, got 'nonsense'",
         ),
-        ("FUSAE_CPU_ISA", "CPU instruction set must be one of .* got 'nonsense'"),
+        (
+            "FUSAE_CPU_ISA",
+            "the environment variable FUSAE_CPU_ISA must be one of .*generic on this machine, got 'nonsense'",
+        ),
     ],
 )
 def test_nonsense_in_an_environment_variable_raises(variable, message):
@@ -263,6 +300,31 @@ def test_nonsense_in_an_environment_variable_raises(variable, message):
     code = "import torch, fusae; fusae.topk(torch.zeros(2, 8), 1)"
     result = _python("-c", code, **{variable: "nonsense"})
     assert result.returncode != 0 and re.search(message, result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("variable", ["FUSAE_BACKEND", "FUSAE_CPU_ISA"])
+def test_python_m_fusae_shows_a_nonsense_variable(variable):
+    if variable == "FUSAE_CPU_ISA" and "cpu" not in _names():
+        pytest.skip(left_out().get("cpu", "the cpu backend is not complete here"))
+    result = _python("-m", "fusae", **{variable: "nonsense"})
+    assert result.returncode == 0, result.stderr
+    assert re.search(f"the environment variable {variable} must be one of .* got 'nonsense'", result.stdout)
+    assert "encode_topk_fwd" in result.stdout
+
+
+def test_python_m_fusae_shows_what_is_asked_for():
+    assert re.search(r"asked for +reference", _python("-m", "fusae", FUSAE_BACKEND="reference").stdout)
+    assert "asked for" not in _python("-m", "fusae", FUSAE_BACKEND="").stdout
+
+
+def test_an_instruction_set_cannot_be_met_without_the_native_module():
+    code = (
+        "import sys; sys.modules['fusae._C'] = None\n"
+        "from fusae.backends import cpu; print(cpu.unavailable())\n"
+    )
+    reason = "the native module is missing .*; FUSAE_CPU_ISA asks for 'generic'"
+    assert re.search(reason, _python("-c", code, FUSAE_CPU_ISA="generic").stdout)
+    assert "FUSAE_CPU_ISA" not in _python("-c", code, FUSAE_CPU_ISA="").stdout
 
 
 def test_the_environment_variable_of_the_instruction_set():

@@ -21,6 +21,7 @@ ORDER = ("cuda", "triton", "cpu", "reference")
 
 _lib = torch.library.Library("fusae", "DEF")
 _ops: list[str] = []
+_public: dict[str, tuple[str, ...]] = {}
 
 
 class _Forced(threading.local):
@@ -76,9 +77,26 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return getattr(torch.ops.fusae, name).default
 
 
+def public(*raw: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Mark a public function with the raw ops that it and its backward pass run."""
+
+    def mark(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.raw_ops = _public[function.__name__] = raw
+        return function
+
+    return mark
+
+
 def ops() -> tuple[str, ...]:
     """Names of all raw ops, in the order of their definition."""
     return tuple(_ops)
+
+
+def raw_ops(op: Callable[..., Any] | str) -> tuple[str, ...]:
+    """The raw ops behind a public function, its name, or the name of one of them; none for anything else."""
+    if callable(op):
+        return getattr(op, "raw_ops", ())
+    return (op,) if op in _ops else _public.get(op, ())
 
 
 def _load(name: str) -> _Backend:

@@ -24,7 +24,10 @@ _STATE_BYTES = 64 << 20
 
 
 def unavailable() -> str | None:
-    return None if _C is not None else f"the native module is missing ({_missing})"
+    if _C is not None:
+        return None
+    wanted = os.environ.get("FUSAE_CPU_ISA")
+    return f"the native module is missing ({_missing})" + (f"; FUSAE_CPU_ISA asks for {wanted!r}" if wanted else "")
 
 
 def isas() -> list[str]:
@@ -32,15 +35,16 @@ def isas() -> list[str]:
     return [name for name in _C.compiled_isas() if _C.runnable(name)]
 
 
-def set_isa(name: str) -> None:
-    """Use the kernels of one instruction set: 'avx512', 'avx2' or 'generic'. Raises where it cannot run."""
+def set_isa(name: str, where: str = "CPU instruction set") -> None:
+    """Use the kernels of one instruction set: 'avx512', 'avx2' or 'generic', in the whole process. Raises where it cannot
+    run; `where` the name came from is said then."""
     if not _C.set_isa(name):
-        raise ValueError(f"CPU instruction set must be one of {', '.join(isas())} on this machine, got {name!r}")
+        raise ValueError(f"{where} must be one of {', '.join(isas())} on this machine, got {name!r}")
 
 
 @contextlib.contextmanager
 def force_isa(name: str) -> Iterator[None]:
-    """`set_isa` for a ``with`` block."""
+    """`set_isa` for a ``with`` block. For tests and measurements: other threads of the process change with it."""
     before = _C.isa()
     set_isa(name)
     try:
@@ -58,7 +62,7 @@ def describe() -> str:
 
 
 if _C is not None and (_wanted := os.environ.get("FUSAE_CPU_ISA")):
-    set_isa(_wanted)
+    set_isa(_wanted, "the environment variable FUSAE_CPU_ISA")
 
 
 def _why_not(*args, **kwargs) -> str | None:
@@ -119,7 +123,10 @@ _gemm = "auto"
 
 @contextlib.contextmanager
 def force_gemm(name: str) -> Iterator[None]:
-    """Take the products of `encode_topk` from 'native' (fused with the selection) or 'torch' in a ``with`` block."""
+    """Take the products of `encode_topk` from 'native' (fused with the selection) or 'torch' in a ``with`` block.
+
+    For tests and measurements: other threads of the process change with it.
+    """
     global _gemm
     if name not in ("auto", "native", "torch"):
         raise ValueError(f"GEMM must be 'auto', 'native' or 'torch', got {name!r}")

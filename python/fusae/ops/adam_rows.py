@@ -24,6 +24,7 @@ _op = _dispatch.define(
 )
 
 
+@_dispatch.public("adam_rows_")
 def adam_rows_(
     param: Tensor,
     exp_avg: Tensor,

@@ -69,6 +69,7 @@ class _Decode(torch.autograd.Function):
         return grad_values if need_values else None, None, None, grad_W if need_W else None, grad_b, None, None
 
 
+@_dispatch.public("decode_fwd", "decode_bwd")
 def decode(
     codes: SparseCodes,
     W_dec: Tensor,

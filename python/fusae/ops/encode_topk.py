@@ -74,6 +74,7 @@ class _EncodeTopK(torch.autograd.Function):
         return grad_x if need_x else None, grad_W if need_W else None, grad_b if need_b else None, *none
 
 
+@_dispatch.public("encode_topk_fwd", "encode_bwd")
 def encode_topk(
     x: Tensor,
     W_enc: Tensor,

@@ -47,6 +47,7 @@ class _TopK(torch.autograd.Function):
         return _bwd(grad_values, indices, ctx.m, backend=ctx.backend), None, None
 
 
+@_dispatch.public("topk_fwd", "topk_bwd")
 def topk(pre: Tensor, k: int, *, backend: str | None = None) -> SparseCodes:
     """The `k` largest entries of every row, as fixed-width codes.
 
