@@ -96,6 +96,17 @@ def test_to_sparse_csr(fixed, ragged, dense):
             assert (row[1:] > row[:-1]).all(), "latents ascend in every row"
 
 
+def test_to_sparse_csr_keeps_no_zero(ragged):
+    """Zero-valued entries are padding, whichever form stores them."""
+    stored_zero = SparseCodes(
+        ragged.values.masked_fill(torch.arange(18) == 14, 0.0), ragged.indices, 20, ragged.offsets
+    )
+    padded = SparseCodes(torch.tensor([[2.0, 0.0]]), torch.tensor([[3, 1]]).int(), 20)
+    assert stored_zero.to_sparse_csr().crow_indices().tolist() == [0, 0, 1, 3, 6, 10, 14]
+    assert_equal(stored_zero.to_sparse_csr().to_dense(), stored_zero.to_dense())
+    assert padded.to_sparse_csr().col_indices().tolist() == [3]
+
+
 def test_flatten_of_no_rows_and_no_width():
     assert SparseCodes(torch.empty(2, 0, 3), torch.empty(2, 0, 3).int(), 5).flatten().values.shape == (0, 3)
     flat = SparseCodes(torch.empty(2, 3, 0), torch.empty(2, 3, 0).int(), 5).flatten()
@@ -120,17 +131,44 @@ def test_row_ids(ragged, fixed):
 
 @pytest.mark.parametrize(
     "rows",
-    [slice(1, 4), slice(None, None, 2), slice(3, 3), torch.tensor([4, 0, 0]), torch.arange(6) % 2 == 0, -1],
-    ids=["slice", "step", "none", "list", "mask", "last"],
+    [slice(1, 4), slice(None, None, 2), slice(3, 3), torch.tensor([4, 0, 0]), torch.arange(6) % 2 == 0],
+    ids=["slice", "step", "none", "list", "mask"],
 )
 def test_slicing_by_row(rows, ragged, dense):
-    wanted = dense[rows].reshape(-1, 20)
-    assert_equal(ragged[rows].to_dense(), wanted)
+    assert_equal(ragged[rows].to_dense(), dense[rows])
     assert_equal(fusae.topk(dense, 20)[rows].to_dense(), dense[rows])
 
 
 def test_slicing_a_batch(fixed):
     assert_equal(fixed[1].to_dense(), fixed.to_dense()[1])
+
+
+@pytest.mark.parametrize("row", [0, 2, 5, -1, -6])
+def test_one_row_by_its_number(row, ragged, dense):
+    """The first dimension goes, in both forms, as it does for a tensor."""
+    for codes in (ragged, fusae.topk(dense, 20)):
+        one = codes[row]
+        assert one.shape == (20,) and one.batch_shape == () and not one.is_ragged
+        assert_equal(one.to_dense(), dense[row])
+        assert one.l0 == (dense[row] != 0).sum()
+    for codes in (ragged, fusae.topk(dense, 20)):
+        assert [one.l0.item() for one in codes] == [0, 1, 2, 3, 4, 5]
+        for outside in (6, -7):
+            with pytest.raises(IndexError):
+                codes[outside]
+
+
+@pytest.mark.parametrize("rows", [(0, 1), (slice(1), slice(2)), (Ellipsis, 0), None, Ellipsis, "0", [0, 1], True, 1.0])
+def test_only_rows_can_be_picked(rows, fixed, ragged):
+    for codes in (fixed, ragged):
+        with pytest.raises(TypeError, match="rows must be an int, a slice or a tensor of rows, got"):
+            codes[rows]
+
+
+def test_rows_by_a_two_dimensional_tensor_are_refused(ragged, fixed):
+    for codes in (fixed, ragged):
+        with pytest.raises(ValueError, match=r"rows must have one dimension, got shape \[2, 2\]"):
+            codes[torch.zeros(2, 2, dtype=torch.int64)]
 
 
 def test_gradients_flow_through_values(dense, ragged, fixed):

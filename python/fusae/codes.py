@@ -113,15 +113,16 @@ class SparseCodes:
         return dense.index_put(place, self.values[:used], accumulate=True)
 
     def to_sparse_csr(self) -> Tensor:
-        """A ``torch.sparse_csr`` tensor ``[n, m]`` of the stored entries, latents ascending in every row."""
+        """A ``torch.sparse_csr`` tensor ``[n, m]`` of the non-zero entries, latents ascending in every row."""
         ragged = self.flatten().to_ragged()
-        used = int(ragged.offsets[-1])
-        indices, values = ragged.indices[:used].long(), ragged.values[:used]
-        order = torch.argsort(ragged.row_ids()[:used] * self.m + indices)
-        n = ragged.offsets.shape[0] - 1
-        return torch.sparse_csr_tensor(
-            ragged.offsets, indices[order], values[order], size=(n, self.m), check_invariants=False
-        )
+        n, used = len(ragged), int(ragged.offsets[-1])
+        active = ragged.values[:used] != 0
+        rows, latents = ragged.row_ids()[:used][active], ragged.indices[:used][active].long()
+        order = torch.argsort(rows * self.m + latents)
+        starts = torch.zeros(n + 1, dtype=torch.int64, device=self.device)
+        torch.cumsum(torch.bincount(rows, minlength=n), 0, out=starts[1:])
+        values = ragged.values[:used][active][order]
+        return torch.sparse_csr_tensor(starts, latents[order], values, size=(n, self.m), check_invariants=False)
 
     def flatten(self) -> SparseCodes:
         """The same codes with the leading dimensions of a fixed-width form joined into one."""
@@ -167,11 +168,22 @@ class SparseCodes:
         return self.batch_shape[0]
 
     def __getitem__(self, rows: int | slice | Tensor) -> SparseCodes:
-        """Codes of some rows (along the first dimension)."""
+        """Codes of some rows (along the first dimension): a slice, a tensor of row numbers or a boolean mask ``[n]``.
+
+        An int takes the first dimension away, as for a tensor: from ragged codes it gives the fixed-width codes of that
+        one row, as wide as the row (reads the row's place: one host sync on a GPU).
+        """
+        if isinstance(rows, bool) or not isinstance(rows, (int, torch.SymInt, slice, Tensor)):
+            raise TypeError(f"rows must be an int, a slice or a tensor of rows, got {rows!r}")
+        if isinstance(rows, Tensor) and rows.ndim != 1:
+            raise ValueError(f"rows must have one dimension, got shape {list(rows.shape)}")
         if self.offsets is None:
             return SparseCodes(self.values[rows], self.indices[rows], self.m)
         n = self.offsets.shape[0] - 1
-        chosen = torch.arange(n, device=self.device)[rows].reshape(-1)
+        chosen = torch.arange(n, device=self.device)[rows]
+        if chosen.ndim == 0:
+            place = slice(*self.offsets[chosen : chosen + 2].tolist())
+            return SparseCodes(self.values[place], self.indices[place], self.m)
         start, width = self.offsets[chosen], self.offsets[chosen + 1] - self.offsets[chosen]
         offsets = torch.zeros(chosen.shape[0] + 1, dtype=torch.int64, device=self.device)
         torch.cumsum(width, 0, out=offsets[1:])
