@@ -93,6 +93,49 @@ def test_resume_needs_only_the_run(capsys, tmp_path, rows):
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("in_file", [False, True])
+def test_resume_takes_the_options_that_do_not_change_the_result(capsys, tmp_path, rows, in_file):
+    out = tmp_path / "run"
+    Trainer(TrainConfig(m=40, k=4, batch_size=32, log_every=5, checkpoint_every=9), rows, out, show=False).run(until=7)
+    (tmp_path / "more.toml").write_text("m = 40\nlog_every = 1\n")
+    more = [str(tmp_path / "more.toml")] if in_file else ["--log-every", "1"]
+    status, _, said = run(capsys, "train", *more, "--resume", str(out), "--quiet")
+    assert (status, said) == (0, "")
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, *range(8, 21)]
+
+
+def test_resume_says_which_field_differs(capsys, tmp_path, rows):
+    out = tmp_path / "run"
+    Trainer(TrainConfig(m=40, k=4, batch_size=32), rows, out, show=False).run(until=7)
+    (tmp_path / "more.toml").write_text("k = 5\n")
+    status, _, said = run(capsys, "train", str(tmp_path / "more.toml"), "--resume", str(out), "--quiet")
+    assert status == 1 and "k is 5, the run to resume has 4; start a new run to change it" in said
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "config.json: truncated or no JSON"),
+        ("[]", "config.json: must hold an object, got list"),
+        ('{"data": null}', "config.json does not say where the data lie; give --data"),
+        ("{}", "config.json does not say where the data lie; give --data"),
+        ('{"data": {"path": 3}}', "config.json does not say where the data lie; give --data"),
+    ],
+)
+def test_a_damaged_config_json_is_named(capsys, tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    status, _, said = run(capsys, "train", "--resume", str(tmp_path))
+    assert status == 1 and f"error: {tmp_path}/{message}" in said and said.count("\n") == 1
+
+
+def test_a_backend_that_cannot_run_is_one_line_and_leaves_no_run(capsys, tmp_path, rows, monkeypatch):
+    monkeypatch.setenv("FUSAE_BACKEND", "cuda")
+    status, _, said = run(capsys, "train", "--data", rows, "--out", str(tmp_path / "run"), "--device", "cpu", *SMALL)
+    assert status == 1 and said.startswith("error: backend 'cuda' was asked for") and said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_interrupted_command_says_how_to_go_on(tmp_path, rows):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fusae.cli", "train", "--data", rows, "--out", str(out)]

@@ -120,7 +120,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path, capfd,
     trainer.run(on_log=lambda row: os.kill(os.getpid(), number) if row["step"] == 12 else None)
     said = " ".join(capfd.readouterr().err.split())
     assert trainer.step == 12 and signal.getsignal(number) is before
-    assert "stopping after this step" in said
+    assert "stopping after this step (Ctrl-C to stop at once, without saving)" in said
     assert f"stopped after step 12 of 20; saved. To go on: fusae train --resume {tmp_path / 'run'}" in said
     resumed = Trainer(None, data(), tmp_path / "run", resume=True, show=False)
     assert same_bits(train(config(), data(), show=False), resumed.run())
@@ -168,6 +168,35 @@ def test_logged_metrics_are_those_of_the_steps():
     assert rows[0]["l0"] == active / (5 * B)
     assert rows[0]["loss"] == pytest.approx(sse / (5 * B) / trainer.variance)
     assert rows[0]["aux_loss"] is None and rows[0]["dead"] == int(trainer.dead.mask().sum())
+
+
+def test_aux_loss_is_the_mean_over_steps_with_dead_latents_on_every_device(monkeypatch):
+    """A GPU takes the AuxK term without asking whether anything is dead; the metric must not show it."""
+    x = data()
+    rows = []
+    for counted in (True, False):
+        trainer = Trainer(config(dead_window=40, k_aux=5), x, show=False)
+        if not counted:
+            monkeypatch.setattr(trainer, "_dead", lambda t=trainer: (t.dead.mask(), 5))
+        aux, with_dead = 0.0, 0
+        for _ in range(9):
+            with_dead += bool(trainer.dead.mask().any())
+            aux += float(trainer.train_step(next(trainer.batches)).aux or 0)
+        rows.append(trainer._row()["aux_loss"])
+        assert 0 < with_dead < 9 and rows[-1] == pytest.approx(aux / with_dead, rel=1e-6)
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4)
+
+
+def test_measured_centre_and_scale_do_not_depend_on_the_number_of_threads():
+    x, before, found = torch.randn(4096, 96, generator=torch.Generator().manual_seed(0)), torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            trainer = Trainer(config(b_dec_init="mean"), x, show=False)
+            found.add((trainer.scale, trainer.variance, tuple(trainer.coder.b_dec.tolist())))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
 
 
 @pytest.mark.parametrize("unit", [True, False])

@@ -58,7 +58,11 @@ def test_folder_of_activations(tmp_path):
     assert said["rows"] == 640 and said["dropped"] == about["dropped"]
 
 
-def test_any_object_with_batches_will_do():
+class Endless:
+    """The least a source must be: `shape`, and batches without a length."""
+
+    shape = (640, D)
+
     class Batches:
         def __init__(self, x, size):
             self.x, self.size, self.at = x, size, 0
@@ -78,15 +82,19 @@ def test_any_object_with_batches_will_do():
         def load_state_dict(self, state):
             self.at = state["at"]
 
-    class Source:
-        shape = (640, D)
+    def batches(self, batch_size, seed, epochs):
+        return self.Batches(data(), batch_size)
 
-        def batches(self, batch_size, seed, epochs):
-            return Batches(data(), batch_size)
 
-    assert Trainer(config(tokens=320), Source(), show=False).run().config.m == M
+def test_any_object_with_batches_will_do():
+    assert Trainer(config(tokens=320), Endless(), show=False).run().config.m == M
     with pytest.raises(ValueError, match="data: ended after step 20 of 40; take fewer tokens or more epochs"):
-        Trainer(config(tokens=1280), Source(), show=False).run()
+        Trainer(config(tokens=1280), Endless(), show=False).run()
+
+
+def test_data_without_a_length_need_tokens():
+    with pytest.raises(ValueError, match="tokens must be given: the data cannot tell how many rows they have"):
+        Trainer(config(), Endless(), show=False)
 
 
 def test_data_in_memory_and_on_disk_are_told_apart(tmp_path):

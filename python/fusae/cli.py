@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import BackendError
 from .demo.command import demo
 
 _traceback = False
@@ -104,8 +104,8 @@ def _train(
     for name, value in (("data", data), ("out", out)):
         if value is None:
             raise ValueError(f"--{name} must be given, as an option or in the configuration file")
-    if resume is not None and not settings:
-        chosen = None
+    if resume is not None:
+        chosen = settings  # only what was given: the run has the rest
     else:
         try:
             chosen = TrainConfig.from_dict(settings)
@@ -119,11 +119,14 @@ def _train(
 
 def _data_of(run: Path) -> str:
     """Where the data of a run lie, as its config.json says."""
+    from .formats.native import read_json
+
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: is {run} the directory of a run?")
-    where = json.loads(path.read_text(encoding="utf-8")).get("data", {}).get("path")
-    if where is None:
+    data = read_json(path, "the configuration of a run").get("data")
+    where = data.get("path") if isinstance(data, dict) else None
+    if not isinstance(where, str):
         raise ValueError(f"{path} does not say where the data lie; give --data")
     return where
 
@@ -169,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line. A known error is one line on stderr and exit status 1; ``--traceback`` shows the rest."""
     try:
         app(arguments)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, FloatingPointError, BackendError) as error:
         if _traceback or isinstance(error, BrokenPipeError):
             raise
         print(f"error: {error}", file=sys.stderr)

@@ -11,11 +11,22 @@ from .config import TrainConfig
 from .rows import Rows, open_data
 from .trainer import Trainer
 
-__all__ = ["Rows", "TrainConfig", "Trainer", "open_data", "train"]
+__all__ = ["Rows", "TrainConfig", "Trainer", "TrainingInterrupted", "open_data", "train"]
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended `train` early. `coder`: the coder as far as it was trained, of plain inputs."""
+
+    def __init__(self, trainer: Trainer, coder: SparseCoder) -> None:
+        self.coder = coder
+        kept = "not saved: it had no run_dir"
+        if trainer.run_dir is not None:
+            kept = f"saved: train(None, data, {str(trainer.run_dir)!r}, resume=True) goes on"
+        super().__init__(f"stopped after step {trainer.step} of {trainer.config.steps}; {kept}")
 
 
 def train(
-    config: TrainConfig | None,
+    config: TrainConfig | dict[str, Any] | None,
     data: Any,
     run_dir: str | Path | None = None,
     *,
@@ -23,5 +34,15 @@ def train(
     overwrite: bool = False,
     show: bool = True,
 ) -> SparseCoder:
-    """Train a sparse coder; arguments as of `Trainer`. Returns the coder of plain (unscaled) inputs."""
-    return Trainer(config, data, run_dir, resume=resume, overwrite=overwrite, show=show).run()
+    """Train a sparse coder to the end; arguments as of `Trainer`. Returns the coder of plain (unscaled) inputs.
+
+    Raises:
+        TrainingInterrupted: stopped by a signal, after the step and, with a `run_dir`, a checkpoint.
+        ValueError, TypeError, FileNotFoundError, BackendError: before any work.
+        FloatingPointError: the training diverged; the last good checkpoint is kept.
+    """
+    trainer = Trainer(config, data, run_dir, resume=resume, overwrite=overwrite, show=show)
+    coder = trainer.run()
+    if not trainer.finished:
+        raise TrainingInterrupted(trainer, coder)
+    return coder

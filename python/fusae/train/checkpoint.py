@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .. import _fields
 from ..formats.native import FormatError, check_tensors, check_version, open_tensors, write_tensors
+from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -20,12 +22,6 @@ _WANTED = "the checkpoint of an unfinished run"
 
 def save(trainer: Trainer, path: Path) -> None:
     """Weights, moments, counters, random state, place in the data, metrics of the unfinished log interval."""
-    moments = {
-        f"{name}.{key}": value
-        for name, param in trainer.coder.named_parameters()
-        for key, value in trainer.optimizer.state[param].items()
-        if isinstance(value, Tensor)
-    }
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -37,7 +33,18 @@ def save(trainer: Trainer, path: Path) -> None:
         "interval": trainer.interval,
         "data": trainer.batches.state_dict(),
     }
-    write_tensors(path, {**_tensors(trainer), **moments}, about)
+    write_tensors(path, tensors(trainer), about)
+
+
+def tensors(trainer: Trainer) -> dict[str, Tensor]:
+    """Every tensor of the state."""
+    moments = {
+        f"{name}.{key}": value
+        for name, param in trainer.coder.named_parameters()
+        for key, value in trainer.optimizer.state.get(param, {}).items()
+        if isinstance(value, Tensor)
+    }
+    return {**_tensors(trainer), **moments}
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -52,13 +59,38 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself; no tensor is read."""
+    """What a checkpoint says about itself, ``config`` as a `TrainConfig`; no tensor is read."""
     _, about = open_tensors(path, _WANTED)
     check_version(path, about, FORMAT, VERSION)
     for field in ("config", "step", "seconds", "scale", "variance", "interval", "data"):
         if field not in about:
             raise FormatError(f"{path}: field {field!r} is missing")
-    return about
+    try:
+        return about | {"config": _checked(about)}
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"{path}: field {error}") from error
+
+
+def _checked(about: dict[str, Any]) -> TrainConfig:
+    """The configuration, after a look at every plain value. ``data`` is for the source of the data to judge."""
+    for field in ("config", "interval"):
+        if not isinstance(about[field], dict):
+            raise TypeError(f"{field!r} must be an object, got {type(about[field]).__name__}")
+    try:
+        config = TrainConfig.from_dict(about["config"])
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"'config': {error}") from error
+    if config.tokens is None:
+        raise ValueError("'config': tokens must be given, got none")
+    _fields.whole("'step'", about["step"], 0, config.steps, "the run's steps")
+    _fields.number("'seconds'", about["seconds"])
+    for field in ("scale", "variance"):
+        _fields.number(f"{field!r}", about[field], above=True)
+    for field, check in (("steps", _fields.whole), ("tokens", _fields.whole), ("seconds", _fields.number)):
+        if field not in about["interval"]:
+            raise ValueError(f"'interval.{field}' is missing")
+        check(f"'interval.{field}'", about["interval"][field])
+    return config
 
 
 def load_tensors(trainer: Trainer, path: Path) -> None:

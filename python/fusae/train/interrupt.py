@@ -13,7 +13,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second SIGINT interrupts at once. Main thread only."""
+    """An event that the first SIGINT or SIGTERM sets; a SIGINT after that interrupts at once. Main thread only."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
@@ -24,7 +24,7 @@ def interruptible() -> Iterator[threading.Event]:
         if event.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         event.set()
-        os.write(2, b"\nstopping after this step (again to stop at once, without saving)\n")
+        os.write(2, b"\nstopping after this step (Ctrl-C to stop at once, without saving)\n")
 
     for number in previous:
         signal.signal(number, handle)

@@ -43,7 +43,7 @@ class Rows:
         return self.shape[0]
 
     def take(self, index: Any) -> Tensor:
-        """Rows at a slice or an integer array, a tensor of their own."""
+        """Rows at a slice or an integer array; of a float32 or float64 tensor, a slice is a view and not a copy."""
         if isinstance(self.rows, Tensor):
             part = self.rows[torch.from_numpy(index) if isinstance(index, np.ndarray) else index]
         else:

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import _fields
 from ..formats.native import replacing, write_json
 from ..info import versions
 from . import checkpoint
@@ -19,24 +20,34 @@ if TYPE_CHECKING:
     from .trainer import Trainer
 
 CONFIG, METRICS, CODER = "config.json", "metrics.jsonl", "coder"
+# The last of it to be written: where it is, the run is finished.
+_DONE = f"{CODER}/coder.json"
+# All that a run, its evaluation and its report write.
+_FILES = (
+    CONFIG, METRICS, checkpoint.NAME, _DONE, f"{CODER}/coder.safetensors",
+    "eval.json", "features.json", "bench.json", "report.html",
+)  # fmt: skip
 # May differ between a run and its continuation: they do not change the result.
 _FREE = ("log_every", "checkpoint_every", "device")
 
 
-def prepare(run_dir: Path | None, config: TrainConfig | None, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+def prepare(
+    run_dir: Path | None, config: TrainConfig | dict[str, Any] | None, resume: bool, overwrite: bool
+) -> dict[str, Any] | None:
     """What the checkpoint to resume says, or None for a new run, whose directory is then free."""
-    if config is not None and not isinstance(config, TrainConfig):
-        raise TypeError(f"config must be a fusae.train.TrainConfig, got {type(config).__name__}")
+    if config is not None and not isinstance(config, (TrainConfig, dict) if resume else TrainConfig):
+        also = ", a dict of fields or None" if resume else ""
+        raise TypeError(f"config must be a fusae.train.TrainConfig{also}, got {type(config).__name__}")
     if resume:
         if run_dir is None:
             raise ValueError("resume needs a run_dir")
-        if (run_dir / CODER).exists() and not (run_dir / checkpoint.NAME).exists():
+        if (run_dir / _DONE).exists() and not (run_dir / checkpoint.NAME).exists():
             raise ValueError(f"run_dir: the run in {run_dir} is finished: {run_dir / CODER} holds its coder")
         return checkpoint.read_about(run_dir / checkpoint.NAME)
     if config is None:
         raise ValueError("config must be given for a new run")
     if run_dir is not None:
-        present = [name for name in (CONFIG, METRICS, checkpoint.NAME, CODER) if (run_dir / name).exists()]
+        present = [name for name in _FILES if (run_dir / name).exists()]
         if present and not overwrite:
             raise FileExistsError(
                 f"run_dir: {run_dir} holds a run ({', '.join(present)}); resume it, overwrite it, or take another one"
@@ -44,27 +55,33 @@ def prepare(run_dir: Path | None, config: TrainConfig | None, resume: bool, over
     return None
 
 
-def merge(given: TrainConfig | None, stored: TrainConfig) -> TrainConfig:
+def merge(given: TrainConfig | dict[str, Any] | None, stored: TrainConfig) -> TrainConfig:
     """The stored configuration with the given free choices; anything else given must agree with it."""
     if given is None:
         return stored
-    for field in dataclasses.fields(TrainConfig):
-        mine, theirs = getattr(given, field.name), getattr(stored, field.name)
-        derived = mine is None or (field.name == "tokens" and mine // stored.batch_size * stored.batch_size == theirs)
-        if field.name not in _FREE and not derived and mine != theirs:
-            raise ValueError(
-                f"{field.name} is {mine!r}, the run to resume has {theirs!r}; start a new run to change it"
-            )
-    return dataclasses.replace(stored, **{name: getattr(given, name) for name in _FREE})
+    values = given.to_dict() if isinstance(given, TrainConfig) else given
+    _fields.known("a training configuration", values, [f.name for f in dataclasses.fields(TrainConfig)])
+    for name, mine in values.items():
+        theirs = getattr(stored, name)
+        if name == "tokens" and isinstance(mine, int):
+            mine -= mine % stored.batch_size  # as `resolve` does
+        if name not in _FREE and mine is not None and mine != theirs:
+            raise ValueError(f"{name} is {mine!r}, the run to resume has {theirs!r}; start a new run to change it")
+    return dataclasses.replace(stored, **{name: values[name] for name in _FREE if name in values})
 
 
-def start_files(trainer: Trainer) -> None:
-    """config.json, and metrics.jsonl cut back to the rows done (a crash may have logged beyond its checkpoint)."""
+def start_files(trainer: Trainer, new: bool) -> None:
+    """config.json, and metrics.jsonl cut back to the rows done (a crash may have logged beyond its checkpoint).
+
+    A new run first removes all files of an old one, which `prepare` found or was told to overwrite.
+    """
     run_dir, step = trainer.run_dir, trainer.step
     run_dir.mkdir(parents=True, exist_ok=True)
-    if step == 0:
-        for name in (checkpoint.NAME, f"{CODER}/coder.json", f"{CODER}/coder.safetensors"):
+    if new:
+        for name in _FILES:
             (run_dir / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not empty
+            (run_dir / CODER).rmdir()
         about = {
             "train": trainer.config.to_dict(),
             "data": describe(trainer.source),
@@ -74,7 +91,7 @@ def start_files(trainer: Trainer) -> None:
         write_json(run_dir / CONFIG, about)
     metrics = run_dir / METRICS
     kept = []
-    if step and metrics.exists():
+    if metrics.exists():
         for line in metrics.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a line cut short by a crash
                 if json.loads(line)["step"] <= step:

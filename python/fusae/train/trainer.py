@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..formats.native import FormatError
 from ..nn import CoderLoss, DeadLatents, SparseCoder, SparseCoderConfig
+from ..nn.sums import total
 from ..optim import Adam
 from . import checkpoint
 from .config import TrainConfig
@@ -24,17 +26,18 @@ from .progress import TrainingDisplay
 from .rows import open_data
 from .run_dir import CODER, METRICS, merge, prepare, start_files
 
-_SUMS = ("loss", "sse", "total", "active", "aux")
+_SUMS = ("loss", "sse", "total", "active", "aux", "aux_steps")
 
 
 class Trainer:
     """Trains a `SparseCoder`; everything it needs to go on later is in one checkpoint.
 
     Args:
-        config: a `TrainConfig`; None to resume with that of the checkpoint.
+        config: a `TrainConfig`. To resume, None or a dict of the fields given: `log_every`, `checkpoint_every` and
+            `device` may change (all three do with a `TrainConfig`), any other must be as it was.
         data: a tensor or array ``[n, d]``, a ``.npy`` path, a folder of activations, or an object with
             ``batches(batch_size, seed, epochs)`` (an iterator of ``[n, d]`` batches with `state_dict` and
-            `load_state_dict`) and ``shape``.
+            `load_state_dict`; without a length where `config.tokens` is given) and ``shape``.
         run_dir: where config.json, metrics.jsonl, the checkpoint and the finished coder go; None writes nothing.
         resume: go on from the checkpoint in `run_dir`.
         overwrite: replace a run that is in `run_dir`.
@@ -44,13 +47,19 @@ class Trainer:
         coder: the coder in training, of inputs scaled by `scale`; `export()` gives it for plain inputs.
         optimizer, dead, config (resolved), step (steps done), scale, mean (``[d]``, scaled), variance (scaled).
 
+    metrics.jsonl has a line for every `log_every` steps, over the steps since the last: ``step``, ``tokens`` and
+    ``seconds`` so far, mean ``loss``, ``fvu``, ``l0``, ``dead`` latents, ``aux_loss`` (mean over the steps with dead
+    latents; null without any), ``lr``, ``tokens_per_s``. Its ``fvu`` is ``Σ ||x - x̂||² / Σ ||x - mean||²`` of training
+    batches before their step, with the `mean` of the data's first `init_rows` rows; that of `fusae.eval` is exact.
+
     Raises:
         ValueError, TypeError, FileNotFoundError: bad data or configuration, before any work.
+        BackendError: the backend asked for cannot run this training, before any work.
     """
 
     def __init__(
         self,
-        config: TrainConfig | None,
+        config: TrainConfig | dict[str, Any] | None,
         data: Any,
         run_dir: str | Path | None = None,
         *,
@@ -62,21 +71,20 @@ class Trainer:
         self.show = show
         about = prepare(self.run_dir, config, resume, overwrite)
         if about is not None:
-            config = merge(config, TrainConfig.from_dict(about["config"]))
+            config = merge(config, about["config"])
         self.source = open_data(data)
         d = int(self.source.shape[1])
         every = config.tokens is not None
         self.batches = self.source.batches(config.batch_size, config.seed, None if every else config.epochs)
-        per_epoch = None if every else len(self.batches) // config.epochs * config.batch_size
+        length = None if every else _length(self.batches)
+        per_epoch = None if length is None else length // config.epochs * config.batch_size
         self.config = config = config.resolve(d, per_epoch)
         self.device = _device(config.device)
+        _try_ops(config, self.device)
         self.step, self.seconds = 0, 0.0
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
-        self.interval = {"steps": 0, "aux_steps": 0, "tokens": 0, "seconds": 0.0}
-        shape = SparseCoderConfig(
-            d, config.m, config.k, select_by_norm=config.select_by_norm, k_aux=config.k_aux,
-            dtype="float32" if config.dtype == "bfloat16" else config.dtype,
-        )  # fmt: skip
+        self.interval = _no_steps()
+        shape = _shape(config)
         new = about is None
         self.coder = SparseCoder(shape, seed=config.seed if new else None, device=self.device, sparse_grad=True)
         self.optimizer = _optimizer(self.coder, config)
@@ -87,10 +95,14 @@ class Trainer:
             self.mean = torch.zeros(d, dtype=shape.torch_dtype, device=self.device)
             self.step, self.seconds, self.interval = about["step"], about["seconds"], about["interval"]
             self.scale, self.variance = about["scale"], about["variance"]
-            self.batches.load_state_dict(about["data"])
-            checkpoint.load_tensors(self, self.run_dir / checkpoint.NAME)
+            path = self.run_dir / checkpoint.NAME
+            try:
+                self.batches.load_state_dict(about["data"])
+            except (TypeError, AttributeError, KeyError) as error:
+                raise FormatError(f"{path}: field 'data' is no place in these data ({error!r})") from error
+            checkpoint.load_tensors(self, path)
         if self.run_dir is not None:
-            start_files(self)
+            start_files(self, new)
 
     @property
     def tokens(self) -> int:
@@ -111,7 +123,7 @@ class Trainer:
         dtype = self.coder.W_dec.dtype
         x = torch.cat(rows)[: config.init_rows].to(self.device, dtype)
         mean = x.mean(0, dtype=torch.float64).to(dtype)
-        variance = float((x - mean).square().sum(dtype=torch.float64)) / len(x)
+        variance = float(total((x - mean).square(), torch.float64)) / len(x)
         if not variance > 0:
             raise ValueError(f"data: the first {len(x)} rows are all the same: there is nothing to learn")
         self.scale = 1 / math.sqrt(variance) if config.scale_input else 1.0
@@ -141,8 +153,9 @@ class Trainer:
         x = x.to(self.device, coder.W_dec.dtype) * self.scale
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
-        with self._autocast():
-            result = coder.loss(x, *self._dead(), aux_coefficient=config.aux_coefficient, variance=self.variance)
+        dead, k_aux = self._dead()
+        with _autocast(config, self.device):
+            result = coder.loss(x, dead, k_aux, aux_coefficient=config.aux_coefficient, variance=self.variance)
         result.loss.backward()
         if config.clip_norm is not None:
             self.optimizer.clip_grad_norm_(config.clip_norm)
@@ -150,11 +163,8 @@ class Trainer:
         self.optimizer.zero_grad()
         self.dead.update(result.codes)
         self.step += 1
-        self._account(x, result)
+        self._account(x, result, dead)
         return result
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16")
 
     def _dead(self) -> tuple[Tensor | None, int]:
         """Mask of the dead latents and how many of them AuxK takes; (None, 0) where nothing is dead."""
@@ -168,18 +178,18 @@ class Trainer:
         return (mask, k_aux) if k_aux else (None, 0)
 
     @torch.no_grad()
-    def _account(self, x: Tensor, result: CoderLoss) -> None:
-        aux = result.aux
+    def _account(self, x: Tensor, result: CoderLoss, dead: Tensor | None) -> None:
+        none = torch.zeros_like(result.sse)
         values = [
             result.loss.detach(),
             result.sse,
-            (x - self.mean).square().sum(),
+            total((x - self.mean).square()),
             (result.codes.values != 0).sum(),
-            torch.zeros_like(result.sse) if aux is None else aux,
+            none if result.aux is None else result.aux,
+            none if dead is None else dead.any(),
         ]
         self.sums += torch.stack([v.to(self.sums.dtype) for v in values])
         self.interval["steps"] += 1
-        self.interval["aux_steps"] += aux is not None
         self.interval["tokens"] += x.shape[0]
 
     def _row(self) -> dict[str, Any]:
@@ -187,37 +197,40 @@ class Trainer:
         now = self.interval
         dead = (self.dead.mask().sum() if self.tokens >= self.config.dead_window else self.sums.new_zeros(())).double()
         *sums, dead = torch.cat([self.sums, dead[None]]).tolist()
-        loss, sse, total, active, aux = sums
+        loss, sse, centred, active, aux, aux_steps = sums
         if not math.isfinite(loss):
             raise FloatingPointError(
-                f"the loss became {loss} in steps {self.step - now['steps'] + 1} to {self.step}: lower lr "
-                f"(now {self.config.lr:g}), set clip_norm, or look for extreme rows in the data"
+                f"the loss became {loss} in steps {self.step - now['steps'] + 1} to {self.step}: "
+                f"{self._advice()}"
             )
         row = {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "loss": loss / now["steps"],
-            "fvu": sse / total,
+            "fvu": sse / centred,
             "l0": active / now["tokens"],
             "dead": int(dead),
-            "aux_loss": aux / now["aux_steps"] if now["aux_steps"] else None,
+            "aux_loss": aux / aux_steps if aux_steps else None,
             "lr": self.config.lr_at(self.step),
             "tokens_per_s": round(now["tokens"] / max(now["seconds"], 1e-9), 1),
         }
         self.sums.zero_()
-        self.interval = {"steps": 0, "aux_steps": 0, "tokens": 0, "seconds": 0.0}
+        self.interval = _no_steps()
         return row
 
     def run(self, until: int | None = None, on_log: Callable[[dict[str, Any]], None] | None = None) -> SparseCoder:
-        """Train to the end, or to step `until`; Ctrl-C finishes the step, saves, and returns.
+        """Train to the end, or to step `until`; Ctrl-C or SIGTERM finishes the step, saves, and returns.
 
         Args:
             until: stop (and save a checkpoint) after this step.
             on_log: called with every row of metrics.
 
         Returns:
-            `export()`. When the run is finished it also lies in ``run_dir/coder`` and the checkpoint is removed.
+            `export()`. When the run is `finished` it also lies in ``run_dir/coder`` and the checkpoint is removed.
+
+        Raises:
+            FloatingPointError: the training diverged; the last good checkpoint is kept.
         """
         config = self.config
         goal = config.steps if until is None else min(until, config.steps)
@@ -237,6 +250,8 @@ class Trainer:
                 due = config.checkpoint_every and self.step % config.checkpoint_every == 0
                 if due and self.run_dir is not None and self.step < goal:
                     self.save_checkpoint()
+            if self.finished:
+                self._check_finite()
             if self.run_dir is None:
                 pass
             elif self.finished:
@@ -283,11 +298,29 @@ class Trainer:
                 file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def save_checkpoint(self) -> Path:
-        """Write the whole state to ``run_dir/checkpoint.safetensors``, atomically."""
+        """Write the whole state to ``run_dir/checkpoint.safetensors``, atomically.
+
+        Raises:
+            FloatingPointError: the training diverged; the last good checkpoint is kept.
+        """
         if self.run_dir is None:
             raise ValueError("save_checkpoint needs a run_dir; this trainer was made without one")
+        self._check_finite()
         checkpoint.save(self, self.run_dir / checkpoint.NAME)
         return self.run_dir / checkpoint.NAME
+
+    def _check_finite(self) -> None:
+        for name, tensor in checkpoint.tensors(self).items():
+            # In parts: bounds the scratch memory beside a large matrix.
+            if not torch.stack([torch.isfinite(part).all() for part in tensor.split(4096)]).all():
+                path = None if self.run_dir is None else self.run_dir / checkpoint.NAME
+                kept = f"; {path} is of an earlier step" if path is not None and path.exists() else ""
+                raise FloatingPointError(
+                    f"{name} holds NaN or infinite values after step {self.step}: {self._advice()}{kept}"
+                )
+
+    def _advice(self) -> str:
+        return f"lower lr (now {self.config.lr:g}), set clip_norm, or look for extreme rows in the data"
 
     def export(self) -> SparseCoder:
         """The coder of plain inputs: the input scale folded into the biases. Shares the two weight matrices."""
@@ -297,6 +330,39 @@ class Trainer:
         coder.b_dec = nn.Parameter(self.coder.b_dec.detach().clone())
         coder.sparse_grad = False
         return coder.fold_input_scale_(self.scale)
+
+
+def _no_steps() -> dict[str, Any]:
+    return {"steps": 0, "tokens": 0, "seconds": 0.0}
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:
+        return None
+
+
+def _shape(config: TrainConfig, m: int | None = None) -> SparseCoderConfig:
+    return SparseCoderConfig(
+        config.d, m or config.m, config.k, select_by_norm=config.select_by_norm, k_aux=config.k_aux,
+        dtype="float32" if config.dtype == "bfloat16" else config.dtype,
+    )  # fmt: skip
+
+
+def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+
+
+def _try_ops(config: TrainConfig, device: torch.device) -> None:
+    """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here."""
+    shape = _shape(config, max(config.k, config.k_aux))
+    coder = SparseCoder(shape, device=device, sparse_grad=True)
+    dead = torch.ones(shape.m, dtype=torch.bool, device=device) if shape.k_aux else None
+    with _autocast(config, device):
+        loss = coder.loss(torch.ones(2, shape.d, dtype=shape.torch_dtype, device=device), dead, variance=1.0).loss
+    loss.backward()
+    _optimizer(coder, config).step()
 
 
 def _optimizer(coder: SparseCoder, config: TrainConfig) -> Adam:
