@@ -246,6 +246,17 @@ def test_geometric_median():
         geometric_median(x[:0])
 
 
+def test_geometric_median_does_not_depend_on_the_number_of_threads():
+    x, before, found = rows(70_000, dtype=torch.float32), torch.get_num_threads(), set()
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.add(tuple(geometric_median(x).tolist()))
+    finally:
+        torch.set_num_threads(before)
+    assert len(found) == 1
+
+
 def test_init_b_dec():
     coder, x = make(), rows() + 3
     assert torch.equal(coder.init_b_dec_(x).b_dec, geometric_median(x))

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sums import total
+
 # Rows worked on together: bounds the scratch memory beside a large matrix.
 _CHUNK = 4096
 
@@ -58,10 +60,10 @@ def geometric_median(x: Tensor, max_iterations: int = 100, tolerance: float = 1e
         raise ValueError(f"x must be finite, got {int(bad)} of {x.shape[0]} rows with NaN or infinite values")
     for _ in range(max_iterations):
         distance = torch.linalg.vector_norm(x - median, dim=1)
-        mean = distance.mean()
+        mean = total(distance[:, None]) / len(x)
         # A row that coincides with the estimate would get infinite weight.
         weight = 1 / distance.clamp_min(1e-6 * mean)
-        step = (weight @ x) / weight.sum() - median
+        step = (weight @ x) / total(weight[:, None]) - median
         if mean == 0:
             break
         median = median + step

@@ -124,8 +124,8 @@ class Adam(torch.optim.Optimizer):
         for i, group in enumerate(state_dict["param_groups"]):
             if absent := [name for name in self.defaults if name not in group]:
                 raise ValueError(
-                    f"state_dict: group {i} lacks {', '.join(absent)}; it is not of a fusae.optim.Adam, and the state of "
-                    "another optimiser cannot be loaded"
+                    f"state_dict: group {i} lacks {', '.join(absent)}; it is not of a fusae.optim.Adam, and no other "
+                    "optimiser's can be loaded"
                 )
             _check_options(group)
         saved = state_dict["state"]
@@ -148,8 +148,8 @@ class Adam(torch.optim.Optimizer):
         projects, the norm is that of the projected gradient: the order is project, clip, step.
 
         Returns:
-            The norm before clipping, a scalar on the device of the gradients. As with torch's function, a NaN norm makes
-            all gradients NaN; an infinite one makes infinite values NaN and all others 0.
+            The norm before clipping, a scalar on the device of the gradients. As with torch's function, a NaN norm
+            makes all gradients NaN; an infinite one makes infinite values NaN and all others 0.
         """
         _fields.number("max_norm", max_norm, above=True)
         squares, grads = [], []
