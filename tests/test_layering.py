@@ -27,7 +27,8 @@ TOOLS = (
 )
 RULES = [
     ("reference.py", ()),
-    ("_dispatch.py", ()),
+    ("_vmap.py", ()),
+    ("_dispatch.py", ("fusae._vmap",)),
     ("codes.py", ()),
     ("_fields.py", ()),
     ("_checks.py", ("fusae.codes", "fusae._fields")),

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _vmap
+
 ORDER = ("cuda", "triton", "cpu", "reference")
 
 _lib = torch.library.Library("fusae", "DEF")
@@ -50,10 +52,11 @@ class BackendError(RuntimeError):
     """The requested backend cannot run this call. The message says why."""
 
 
-def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(schema: str, fake: Callable[..., Any], rows: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Define the torch op ``fusae::<schema>`` (last argument: ``str? backend=None``) and return its callable.
 
     Registered once, for every device: the implementation asks `select`. `fake` gives the outputs' shapes for tracing.
+    `rows` names the arguments that ``torch.vmap`` may join into one call; see `_vmap.rule`.
     Raw ops have no autograd formula; the public functions put a ``torch.autograd.Function`` around them. Arguments that
     the schema marks as written to are made known to autograd, so that a graph which saved one of them raises.
     """
@@ -73,8 +76,10 @@ def define(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
     torch.library.impl(_lib, name, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(f"fusae::{name}", fake, lib=_lib)
+    op = getattr(torch.ops.fusae, name).default
+    torch.library.register_vmap(f"fusae::{name}", _vmap.rule(op, rows), lib=_lib)
     _ops.append(name)
-    return getattr(torch.ops.fusae, name).default
+    return op
 
 
 def public(*raw: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -30,6 +30,7 @@ _fwd = _dispatch.define(
     "decode_fwd(Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, Tensor? b_dec, *, str? backend=None) "
     "-> Tensor",
     _fwd_fake,
+    ("values", "indices"),
 )
 _bwd = _dispatch.define(
     "decode_bwd(Tensor grad_y, Tensor values, Tensor indices, Tensor? offsets, Tensor W_dec, bool need_values, "
@@ -39,6 +40,8 @@ _bwd = _dispatch.define(
 
 
 class _Decode(torch.autograd.Function):
+    generate_vmap_rule = True  # from those of the raw ops
+
     @staticmethod
     def forward(values, indices, offsets, W_dec, b_dec, row_sparse, backend):
         return _fwd(values, indices, offsets, W_dec, b_dec, backend=backend)
@@ -90,7 +93,9 @@ def decode(
 
     Returns:
         ``[..., d]`` (ragged codes: ``[n, d]``), summed in float32. Gradients reach the values (every stored entry),
-        `W_dec` and `b_dec`.
+        `W_dec` and `b_dec`; there is no forward-mode derivative (``torch.func.jvp``) and no second one. Under
+        ``torch.vmap`` a batch of codes of fixed width is one call; ragged codes, a batched `W_dec` and the gradients of a
+        batch take one call per element.
 
     Equivalent to::
 

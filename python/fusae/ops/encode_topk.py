@@ -28,6 +28,7 @@ _fwd = _dispatch.define(
     "encode_topk_fwd(Tensor x, Tensor W_enc, Tensor? b_enc, Tensor? norms, Tensor? aux_mask, SymInt k, SymInt k_aux, "
     "str activation, str select, *, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fwd_fake,
+    ("x",),
 )
 
 
@@ -41,6 +42,8 @@ def _gate(grad: Tensor | None, values: Tensor, indices: Tensor, mask: Tensor | N
 
 
 class _EncodeTopK(torch.autograd.Function):
+    generate_vmap_rule = True  # from those of the raw ops
+
     @staticmethod
     def forward(x, W_enc, b_enc, norms, aux_mask, k, k_aux, activation, select, row_sparse, backend):
         return _fwd(x, W_enc, b_enc, norms, aux_mask, k, k_aux, activation, select, backend=backend)
@@ -108,7 +111,9 @@ def encode_topk(
     Returns:
         `SparseCodes` ``[..., k]``, or a pair (main, auxiliary) when `aux_mask` is given. Sorted: larger score first, equal
         scores by the lower latent, NaN largest of all; decided on float32 sums before activation and rounding. Gradients
-        reach `x`, `W_enc` and `b_enc` through the selected latents only.
+        reach `x`, `W_enc` and `b_enc` through the selected latents only; there is no forward-mode derivative
+        (``torch.func.jvp``) and no second one. Under ``torch.vmap`` a batched `x` is one call; batched weights and the
+        gradients of a batch take one call per element.
 
     Equivalent to::
 

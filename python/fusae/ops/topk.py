@@ -19,13 +19,17 @@ def _bwd_fake(grad_values, indices, m, backend=None):
     return grad_values.new_empty(grad_values.shape[0], m)
 
 
-_fwd = _dispatch.define("topk_fwd(Tensor pre, SymInt k, *, str? backend=None) -> (Tensor, Tensor)", _fwd_fake)
+_fwd = _dispatch.define("topk_fwd(Tensor pre, SymInt k, *, str? backend=None) -> (Tensor, Tensor)", _fwd_fake, ("pre",))
 _bwd = _dispatch.define(
-    "topk_bwd(Tensor grad_values, Tensor indices, SymInt m, *, str? backend=None) -> Tensor", _bwd_fake
+    "topk_bwd(Tensor grad_values, Tensor indices, SymInt m, *, str? backend=None) -> Tensor",
+    _bwd_fake,
+    ("grad_values", "indices"),
 )
 
 
 class _TopK(torch.autograd.Function):
+    generate_vmap_rule = True  # from those of the raw ops
+
     @staticmethod
     def forward(pre, k, backend):
         return _fwd(pre, k, backend=backend)
@@ -58,7 +62,8 @@ def topk(pre: Tensor, k: int, *, backend: str | None = None) -> SparseCodes:
 
     Returns:
         `SparseCodes` with values and indices ``[..., k]``, sorted: larger value first, equal values by the lower index,
-        NaN largest of all. Gradients scatter back to the selected entries.
+        NaN largest of all. Gradients scatter back to the selected entries; there is no forward-mode derivative
+        (``torch.func.jvp``) and no second one.
 
     Equivalent to::
 
