@@ -135,7 +135,7 @@ CSRC = ROOT / "csrc"
 NATIVE = sorted(p.relative_to(CSRC).as_posix() for p in CSRC.rglob("*") if p.suffix in SOURCES)
 # Headers whose templates emit no code. Any other template of the standard library, compiled with the flags of one
 # instruction set, could be the copy that the linker keeps for the whole module.
-PLAIN = {"cstdint", "cstddef", "cstdlib", "cstring", "type_traits", "immintrin.h"}
+PLAIN = {"cstdint", "cstddef", "cstdlib", "cstring", "type_traits", "new", "immintrin.h"}
 FOREIGN = re.compile(r"torch|ATen|c10|pybind11|Python\.h|cuda|cub/|omp\.h")
 
 
