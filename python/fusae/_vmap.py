@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the raw ops run under ``torch.vmap``: a batch of rows is just more rows; anything else is one call per element."""
+"""How the raw ops run under ``torch.vmap``: a batch of rows is more rows; anything else, one call per element."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 def rule(op: Callable[..., Any], rows: tuple[str, ...]) -> Callable[..., Any]:
     """The batching rule of a raw op for ``torch.library.register_vmap``.
 
-    `rows` names the arguments ``[n, ...]`` whose rows the op treats one by one, if all its results are ``[n, ...]`` too.
+    `rows` names the arguments ``[n, ...]`` whose rows the op treats one by one, if all results are ``[n, ...]`` too.
     """
     names = [argument.name for argument in op._schema.arguments]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .. import _fields
+from .. import _checks, _fields
 from ..codes import SparseCodes
 from ..formats.native import load_pair, save_pair
 from ..ops import decode, encode_topk
@@ -123,7 +123,7 @@ class SparseCoder(nn.Module):
             raise ValueError("aux_mask was given but config.k_aux is 0; make the coder with k_aux >= 1")
         norms = None
         if config.select_by_norm:
-            acc = torch.float64 if self.W_dec.dtype == torch.float64 else torch.float32
+            acc = _checks.accumulator(self.W_dec.dtype)
             norms = torch.linalg.vector_norm(self.W_dec.detach(), dim=1, dtype=acc)
         return encode_topk(
             x - self.b_dec.detach(),
@@ -187,7 +187,7 @@ class SparseCoder(nn.Module):
             raise ValueError(f"x must have at least one row, got shape {list(x.shape)}")
         if variance is not None and not isinstance(variance, Tensor):
             _fields.number("variance", variance, above=True)
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        acc = _checks.accumulator(x.dtype)
         if dead is None:
             codes = self.encode(x)
             reconstruction, aux_reconstruction = self.decode(codes), None
@@ -260,7 +260,7 @@ class SparseCoder(nn.Module):
         _fields.choice("method", method, ("geometric_median", "mean"))
         if x.ndim != 2 or x.shape[1] != self.config.d or x.shape[0] == 0:
             raise ValueError(f"x must have shape [n, {self.config.d}] with at least one row, got {list(x.shape)}")
-        acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+        acc = _checks.accumulator(x.dtype)
         self.b_dec.copy_(geometric_median(x) if method == "geometric_median" else x.mean(0, dtype=acc))
         return self
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .sums import total
 
 # Rows worked on together: bounds the scratch memory beside a large matrix.
@@ -18,7 +19,7 @@ def unit_rows_(weight: Tensor) -> Tensor:
 
     Equivalent to: ``weight /= weight.norm(dim=1, keepdim=True)``
     """
-    acc = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    acc = _checks.accumulator(weight.dtype)
     for rows in weight.split(_CHUNK):
         wide = rows.to(acc)
         length = wide.norm(dim=1, keepdim=True)
@@ -30,7 +31,7 @@ def unit_rows_(weight: Tensor) -> Tensor:
 def random_unit_rows_(weight: Tensor, seed: int) -> Tensor:
     """Fill `weight` ``[m, d]`` with random directions: a function of `seed` and shape, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = _checks.accumulator(weight.dtype)
     for rows in weight.split(_CHUNK):
         rows.copy_(unit_rows_(torch.randn(rows.shape, generator=generator, dtype=wide)))
     return weight
@@ -53,7 +54,7 @@ def geometric_median(x: Tensor, max_iterations: int = 100, tolerance: float = 1e
     """
     if x.ndim != 2 or x.shape[0] == 0:
         raise ValueError(f"x must have shape [n, d] with at least one row, got {list(x.shape)}")
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    x = x.to(_checks.accumulator(x.dtype))
     median = x.mean(0)
     if not torch.isfinite(median).all():
         bad = (~torch.isfinite(x).all(1)).sum()

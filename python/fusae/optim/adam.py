@@ -109,7 +109,7 @@ class Adam(torch.optim.Optimizer):
         """``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter; made, all 0, where it has none yet."""
         state = self.state[param]
         if not state:
-            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            dtype = _checks.accumulator(param.dtype)
             state["step"] = 0
             for name in _MOMENTS:
                 state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
@@ -136,7 +136,7 @@ class Adam(torch.optim.Optimizer):
             _check_state(index, saved[index], param)
         super().load_state_dict(state_dict)
         for index, param in pairs:
-            dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+            dtype = _checks.accumulator(param.dtype)
             moments = {name: saved[index][name].to(param.device, dtype, copy=True) for name in _MOMENTS}
             self.state[param] = {"step": int(saved[index]["step"]), **moments}
 
@@ -176,7 +176,7 @@ class Adam(torch.optim.Optimizer):
 
 def _square_norm(grad: Tensor, rows: Tensor | None, param: Tensor | None) -> Tensor:
     """Squared norm of a gradient, of its part orthogonal to the rows of `param` where that is given."""
-    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    acc = _checks.accumulator(grad.dtype)
     if param is None:
         return torch.linalg.vector_norm(grad, dtype=acc).square()
     total = torch.zeros((), dtype=acc, device=grad.device)
