@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops under ``torch.vmap`` and the transforms built on it: like one call after the other; what cannot work says so."""
+"""The ops under ``torch.vmap`` and what is built on it: like one call after the other; what cannot work says so."""
 
 import pytest
 import torch
@@ -63,9 +63,8 @@ each_case = pytest.mark.parametrize(("function", "inputs", "dims"), CASES.values
 
 def _one_by_one(function, inputs, dims):
     size = next(a.shape[at] for a, at in zip(inputs, dims, strict=True) if at is not None)
-    return [
-        function(*(a if at is None else a.select(at, b) for a, at in zip(inputs, dims, strict=True))) for b in range(size)
-    ]
+    pairs = list(zip(inputs, dims, strict=True))
+    return [function(*(a if at is None else a.select(at, b) for a, at in pairs)) for b in range(size)]
 
 
 @each_target

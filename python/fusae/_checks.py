@@ -113,7 +113,7 @@ class _Cast(torch.autograd.Function):
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Under ``torch.autocast``, the tensors in the autocast dtype, as ``torch.nn.functional.linear`` would take them."""
+    """Under ``torch.autocast``, the tensors in the autocast dtype, as ``torch.nn.functional.linear`` takes them."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

@@ -2,8 +2,8 @@
 """Which backend runs an op on given tensors, and why the others do not.
 
 One ordered table. A backend module (``fusae/backends/<name>.py``) registers one function per op; the first backend in
-`ORDER` that has no reason against a call runs it. A backend that was asked for by name (argument, `backend()` context or
-the environment variable ``FUSAE_BACKEND``) runs or raises: there is never a substitute.
+`ORDER` that has no reason against a call runs it. A backend that was asked for by name (argument, `backend()` context
+or the environment variable ``FUSAE_BACKEND``) runs or raises: there is never a substitute.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def raw_ops(op: Callable[..., Any] | str) -> tuple[str, ...]:
 
 
 def _load(name: str) -> _Backend:
-    """The backend's table, imported on first use (a backend's native part may be missing; that is a reason, not an error)."""
+    """The backend's table, imported on first use (a missing native part is a reason, not an error)."""
     if name not in _backends:
         try:
             module = importlib.import_module(f"fusae.backends.{name}")
@@ -137,7 +137,7 @@ def _check_name(name: str, where: str) -> str:
 
 
 def requested(backend: str | None = None) -> str | None:
-    """The backend asked for: the argument, else the innermost `backend()` context, else ``FUSAE_BACKEND``, else None."""
+    """The backend asked for: the argument, else the innermost `backend()` context, else ``FUSAE_BACKEND``, or None."""
     if backend is not None:
         return _check_name(backend, "backend")
     if _forced.name is not None:

@@ -14,8 +14,8 @@ class SparseCodes:
     """Active latents of `n` rows over a dictionary of `m` latents.
 
     Fixed width (``offsets is None``): `values` ``[..., k]`` and `indices` ``[..., k]`` int32; a row with fewer than k
-    active latents is filled with distinct inactive ones of value 0. Ragged (CSR): `values` ``[nnz]``, `indices` ``[nnz]``
-    int32 and `offsets` ``[n + 1]`` int64; the storage may be longer than ``offsets[-1]``, which is the truth.
+    active latents is filled with distinct inactive ones of value 0. Ragged (CSR): `values` ``[nnz]``, `indices`
+    ``[nnz]`` int32 and `offsets` ``[n + 1]`` int64; the storage may be longer than ``offsets[-1]``, which is the truth.
 
     Latents are distinct within a row. Gradients flow through `values`.
     """

@@ -53,7 +53,7 @@ def encode_topk_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Top-k of the pre-activations ``x W_encᵀ + b_enc``, and a second top-k over the latents where `aux_mask` is true.
 
-    `select` 'topk' scores a latent by its pre-activation, 'abs' by the magnitude; `norms` ``[m]`` multiplies the scores.
+    `select` 'topk' scores a latent by its pre-activation, 'abs' by its magnitude; `norms` ``[m]`` multiplies scores.
     Rows of the second selection with fewer than `k_aux` masked latents are filled up with unmasked ones, lowest index
     first, with value 0.
     """
@@ -86,8 +86,8 @@ def _rows_of(indices: Tensor, offsets: Tensor | None) -> tuple[Tensor, slice]:
     used, width = int(offsets[-1]), offsets[1:] - offsets[:-1]
     if int(offsets[0]) != 0 or used > indices.shape[0] or bool((width < 0).any()):
         raise IndexError(
-            f"offsets must rise from 0 to at most the storage of {indices.shape[0]} entries, got {int(offsets[0])} to {used}"
-            + (", falling between" if bool((width < 0).any()) else "")
+            f"offsets must rise from 0 to at most the storage of {indices.shape[0]} entries, "
+            f"got {int(offsets[0])} to {used}" + (", falling between" if bool((width < 0).any()) else "")
         )
     return torch.repeat_interleave(torch.arange(width.shape[0], device=indices.device), width), slice(0, used)
 
@@ -144,7 +144,7 @@ def encode_bwd(
 def decode_fwd(
     values: Tensor, indices: Tensor, offsets: Tensor | None, W_dec: Tensor, b_dec: Tensor | None
 ) -> Tensor:
-    """``y[i] = Σ_j values[i, j] · W_dec[indices[i, j]] + b_dec`` ``[n, d]``. An entry of value 0 contributes nothing."""
+    """``y[i] = Σ_j values[i, j] · W_dec[indices[i, j]] + b_dec`` ``[n, d]``. Entries of value 0 add nothing."""
     acc = accumulator(W_dec.dtype)
     row, used = _rows_of(indices, offsets)
     n = indices.shape[0] if offsets is None else offsets.shape[0] - 1

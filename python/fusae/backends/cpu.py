@@ -36,8 +36,10 @@ def isas() -> list[str]:
 
 
 def set_isa(name: str, where: str = "CPU instruction set") -> None:
-    """Use the kernels of one instruction set: 'avx512', 'avx2' or 'generic', in the whole process. Raises where it cannot
-    run; `where` the name came from is said then."""
+    """Use the kernels of one instruction set: 'avx512', 'avx2' or 'generic', in the whole process.
+
+    Raises where it cannot run, saying `where` the name came from.
+    """
     if not _C.set_isa(name):
         raise ValueError(f"{where} must be one of {', '.join(isas())} on this machine, got {name!r}")
 
@@ -57,7 +59,8 @@ def describe() -> str:
     """One line for ``python -m fusae``."""
     if _C is None:
         return unavailable()
-    compiled = ", ".join(name if _C.runnable(name) else f"{name} (not on this processor)" for name in _C.compiled_isas())
+    runs = {name: "" if _C.runnable(name) else " (not on this processor)" for name in _C.compiled_isas()}
+    compiled = ", ".join(name + note for name, note in runs.items())
     return f"{_C.isa()} in use; compiled in: {compiled}; {torch.get_num_threads()} threads"
 
 
@@ -138,8 +141,8 @@ def force_gemm(name: str) -> Iterator[None]:
 
 
 def _use_native_gemm(n: int) -> bool:
-    """Whether the fused GEMM is the faster one: MKL, torch's library, is tuned for Intel's processors and leaves a third
-    of an AMD core unused; few rows do not pay for packing W."""
+    """Whether the fused GEMM is the faster one: MKL, torch's library, is tuned for Intel's processors and leaves a
+    third of an AMD core unused; few rows do not pay for packing W."""
     if _gemm != "auto":
         return _gemm == "native"
     return n >= 128 and _C.isa() != "generic" and not _C.is_intel()
@@ -157,18 +160,18 @@ def topk_fwd(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
         block = pre[i : i + rows]
         selection.reset()
         _C.select_tile(
-            _ptr(block), dtype, pre.stride(0), len(block), m, 0, 0, 0, 0, False, selection.state(), _NO_SELECTION, threads
-        )
-        _C.select_finish(
-            selection.state(), len(block), m, 0, 0, False, False, _offset(values, i * k), dtype, _offset(indices, i * k),
+            _ptr(block), dtype, pre.stride(0), len(block), m, 0, 0, 0, 0, False, selection.state(), _NO_SELECTION,
             threads,
+        )  # fmt: skip
+        _C.select_finish(
+            selection.state(), len(block), m, 0, 0, False, False, _offset(values, i * k), dtype,
+            _offset(indices, i * k), threads,
         )  # fmt: skip
     return values, indices
 
 
 def topk_bwd(grad_values: Tensor, indices: Tensor, m: int) -> Tensor:
-    # As the reference does it (a backend may not use another one): the time goes into the zeros of [n, m], and torch's
-    # scatter of n * k distinct places beside them leaves a kernel nothing to win.
+    # As the reference does it, and no kernel: writing the zeros of [n, m] takes the time, the scatter next to none.
     grad = grad_values.new_zeros(grad_values.shape[0], m)
     return grad.scatter_(1, indices.long(), grad_values)
 
@@ -379,14 +382,14 @@ def adam_rows_(
     _C.adam_rows(
         *map(_ptr, (param, exp_avg, exp_avg_sq, grad, rows)), _DTYPES[param.dtype], m, d, u,
         1 - lr * weight_decay if decoupled else 1.0, 0.0 if decoupled else weight_decay, 1 - beta1, beta2, 1 - beta2,
-        lr / (1 - beta1**step), root_correction2, eps / root_correction2 if masked else eps, masked, project, renormalise,
-        torch.get_num_threads(),
+        lr / (1 - beta1**step), root_correction2, eps / root_correction2 if masked else eps, masked, project,
+        renormalise, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def fma_burst() -> float:
-    """Multiply-adds on registers alone, on all threads: some tens of ms. The floating-point operations done, which over the
-    time taken is the rate that no float32 GEMM on this processor can pass."""
+    """Multiply-adds on registers alone, on all threads: some tens of ms. The floating-point operations done, which over
+    the time taken is the rate that no float32 GEMM on this processor can pass."""
     return _C.fma_burst(4_000_000, torch.get_num_threads())
 
 

@@ -53,7 +53,7 @@ def adam_rows_(
         step: number of this step, from 1 (bias correction).
         decoupled: weight decay as in AdamW rather than added to the gradient.
         masked: ``torch.optim.SparseAdam`` semantics: rows without an entry in the sparse `grad` keep parameter and
-            moments. Needs a sparse `grad` and no weight decay. Without `masked`, a sparse `grad` means zero elsewhere, and
+            moments. Needs a sparse `grad` and no weight decay. Without `masked`, a sparse `grad` means zero elsewhere:
             every row is updated, exactly as dense Adam would.
         project: first remove from every row's gradient its component along the row (decoder rows of fixed norm).
         renormalise: last, scale every updated row to unit length. A row of length zero stays.

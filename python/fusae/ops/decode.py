@@ -84,8 +84,8 @@ def decode(
     """``y = Σ_j v_j W_dec[i_j] + b_dec``: the reconstruction from sparse codes.
 
     Args:
-        codes: fixed-width ``[..., k]`` or ragged codes over m latents, values in the dtype of `W_dec`. An entry of value 0
-            contributes nothing. Indices must lie in ``[0, m)``.
+        codes: fixed-width ``[..., k]`` or ragged codes over m latents, values in the dtype of `W_dec`. An entry of
+            value 0 contributes nothing. Indices must lie in ``[0, m)``.
         W_dec: ``[m, d]`` decoder, row = latent; float32, bfloat16, float16 or float64, any strides.
         b_dec: ``[d]`` decoder bias, dtype of `W_dec`, or None.
         sparse_grad: give ``W_dec.grad`` as a coalesced ``torch.sparse_coo`` tensor of the touched rows.
@@ -94,8 +94,8 @@ def decode(
     Returns:
         ``[..., d]`` (ragged codes: ``[n, d]``), summed in float32. Gradients reach the values (every stored entry),
         `W_dec` and `b_dec`; there is no forward-mode derivative (``torch.func.jvp``) and no second one. Under
-        ``torch.vmap`` a batch of codes of fixed width is one call; ragged codes, a batched `W_dec` and the gradients of a
-        batch take one call per element.
+        ``torch.vmap`` a batch of codes of fixed width is one call; ragged codes, a batched `W_dec` and the gradients of
+        a batch take one call per element.
 
     Equivalent to::
 

@@ -92,7 +92,7 @@ def encode_topk(
     sparse_grad: bool = False,
     backend: str | None = None,
 ) -> SparseCodes | tuple[SparseCodes, SparseCodes]:
-    """The `k` latents of every row with the largest pre-activation ``x W_encᵀ + b_enc``. Exact; ``[n, m]`` never exists.
+    """The `k` latents of every row with the largest pre-activation ``x W_encᵀ + b_enc``, exactly; no ``[n, m]``.
 
     Args:
         x: ``[..., d]`` activations; float32, bfloat16, float16 or float64, any strides.
@@ -100,18 +100,18 @@ def encode_topk(
         b_enc: ``[m]`` encoder bias, dtype of `x`, or None.
         k: latents kept per row, ``1 <= k <= m``.
         activation: 'relu' (a selected latent at or below 0 gets value +0 and no gradient) or 'none'.
-        select: 'topk' by pre-activation, or 'abs' by its magnitude (AbsTopK, arXiv:2510.00404; needs activation 'none').
-        norms: ``[m]`` float32; selection by ``pre · norms`` (pass the decoder row norms). Values stay the pre-activations.
-        aux_mask: ``[m]`` bool (dead latents): a second, independent top-`k_aux` among the latents where it is true, from
-            the same pass (AuxK, Gao et al. 2024, arXiv:2406.04093). Filled up with value 0 where there are fewer.
+        select: 'topk' by pre-activation, or 'abs' by its magnitude (AbsTopK, arXiv:2510.00404; activation 'none').
+        norms: ``[m]`` float32; selection by ``pre · norms`` (pass the decoder row norms). Values stay pre-activations.
+        aux_mask: ``[m]`` bool (dead latents): a second, independent top-`k_aux` among the latents where it is true,
+            from the same pass (AuxK, Gao et al. 2024, arXiv:2406.04093). Filled up with value 0 where there are fewer.
         k_aux: width of the second selection; 0 without `aux_mask`.
         sparse_grad: give ``W_enc.grad`` as a coalesced ``torch.sparse_coo`` tensor of the touched rows.
         backend: run on this backend or raise (default: the first that can).
 
     Returns:
-        `SparseCodes` ``[..., k]``, or a pair (main, auxiliary) when `aux_mask` is given. Sorted: larger score first, equal
-        scores by the lower latent, NaN largest of all; decided on float32 sums before activation and rounding. Gradients
-        reach `x`, `W_enc` and `b_enc` through the selected latents only; there is no forward-mode derivative
+        `SparseCodes` ``[..., k]``, or a pair (main, auxiliary) when `aux_mask` is given. Sorted: larger score first,
+        equal scores by the lower latent, NaN largest of all; decided on float32 sums before activation and rounding.
+        Gradients reach `x`, `W_enc` and `b_enc` through the selected latents only; there is no forward-mode derivative
         (``torch.func.jvp``) and no second one. Under ``torch.vmap`` a batched `x` is one call; batched weights and the
         gradients of a batch take one call per element.
 
