@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from fusae.testing.bench import Row, RowError, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,9 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-from fusae.testing.workloads import LR, Build, Call, Inputs, prime, squared_error, train_step
 from torch import Tensor
+
+from fusae.testing.workloads import LR, Build, Call, Inputs, prime, squared_error, train_step
 
 #: contender -> the module to import, and the name on PyPI
 LIBRARIES = {

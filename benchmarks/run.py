@@ -11,12 +11,13 @@ from typing import Annotated, Any
 
 import rivals
 import typer
+from rich.console import Console
+from rich.table import Table
+
 from fusae import BackendError
 from fusae.testing import workloads
 from fusae.testing.bench import Measurement, Row, RowError, append_rows, measure, read_rows
 from fusae.testing.bench_gate import conform
-from rich.console import Console
-from rich.table import Table
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 

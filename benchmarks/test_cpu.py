@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fusae import _dispatch
 from fusae.testing import assert_topk, assert_within_budget, selection_band, workloads
 from fusae.testing.bench_gate import decided

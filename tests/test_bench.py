@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+
 from fusae import BackendError, _dispatch, reference
 from fusae.testing import bench, bench_gate, bench_row, workloads
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from fusae.testing import bench, workloads
 from typer.testing import CliRunner
+
+from fusae.testing import bench, workloads
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {"n": 24, "d": 16, "m": 96, "k": 4}

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fusae.cli import app
 from typer.testing import CliRunner
+
+from fusae.cli import app
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
