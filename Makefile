@@ -43,14 +43,14 @@ wheel: $(ENV)
 NATIVE := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 # An editable install does not see new files: their names are part of the rule too.
-$(VENV)/.names: always
-	@mkdir -p $(VENV) && find python kernels -name '*.py' | sort > $@.new
+build/.names: always
+	@mkdir -p build && find python kernels -name '*.py' | sort > $@.new
 	@cmp -s $@ $@.new || cp $@.new $@; rm $@.new
 
 .PHONY: always
 always:
 
-$(VENV)/.ready: $(NATIVE) $(VENV)/.names tools/setup_env.sh
+$(VENV)/.ready: $(NATIVE) build/.names tools/setup_env.sh
 	bash tools/setup_env.sh $(VENV) "$(EXTRAS)"
 	@touch $@
 
