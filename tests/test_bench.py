@@ -224,7 +224,7 @@ def test_rows_say_what_was_measured(rows):
     assert by_name["fusae"].parameter_bytes == 4 * (2 * 96 * 16 + 96 + 16)
     assert by_name["gemm"].flops == 2 * 24 * 96 * 16
     for row in rows:  # nothing passes the rates of the machine: a tiny op is far below them
-        assert 0 < row.roofline < 1 and row.peak_tflops > 0 and row.copy_gbps > 0
+        assert 0 < row.roofline < 1 and row.peak_tflops > 0 and row.memory_gbps > 0
     for row in rows:
         assert row.tflops == pytest.approx(row.flops / row.p50_ms / 1e9)
 

@@ -207,19 +207,19 @@ def probes(dtype: str, device: str, *, size: int = 8192, length: int | None = No
     """What this machine can do: calls that return how much they did, to be timed among the contenders.
 
     'compute' (flop): on a CPU with the native module, multiply-adds on registers; elsewhere a GEMM of `size` cubed.
-    'copy' (bytes read and written): a copy of `length` bytes.
+    'memory' (bytes read and written): a pass in place over `length` bytes. (A copy is slower on a CPU: it also reads
+    what it overwrites.)
     """
     on_cpu = torch.device(device).type == "cpu"
     length = length or (2**27 if on_cpu else 2**30)
-    source = torch.ones(length, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
+    buffer = torch.ones(length // 4, device=device)
 
-    def copy() -> float:
-        target.copy_(source)
+    def memory() -> float:
+        buffer.add_(1.0)
         return 2.0 * length
 
     if on_cpu and cpu.unavailable() is None:
-        return {"compute": cpu.fma_burst, "copy": copy}
+        return {"compute": cpu.fma_burst, "memory": memory}
     size = min(size, 1024) if on_cpu else size
     a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
     out = torch.empty_like(a)
@@ -228,7 +228,7 @@ def probes(dtype: str, device: str, *, size: int = 8192, length: int | None = No
         torch.mm(a, a.T, out=out)
         return 2.0 * size**3
 
-    return {"compute": gemm, "copy": copy}
+    return {"compute": gemm, "memory": memory}
 
 
 @contextlib.contextmanager
@@ -311,14 +311,14 @@ def measure(
         limits = probes(dtype, device)
         work = {name: probe() for name, probe in limits.items()}
         times = interleaved({**calls, **limits}, rounds, warmup, device=device)
-        compute_rate, copy_rate = (work[name] / percentiles(times.pop(name)).p50 for name in ("compute", "copy"))
+        compute_rate, memory_rate = (work[name] / percentiles(times.pop(name)).p50 for name in limits)
         used_threads = torch.get_num_threads()
     itemsize = inputs.W_enc.element_size()
     rows = []
     for name in names:
         flops, moved = workloads.cost("gemm" if name == "gemm" else op, **shape, itemsize=itemsize)
         spread = percentiles(times[name])
-        ideal = max(flops / compute_rate, 0 if name == "gemm" else moved / copy_rate)
+        ideal = max(flops / compute_rate, 0 if name == "gemm" else moved / memory_rate)
         rows.append(Row(
             op=op, mode=workloads.MODE[op], name=name, backend=backend if name.startswith("fusae") else None,
             shape=shape, dtype=dtype, threads=used_threads, rounds=rounds,
@@ -326,7 +326,7 @@ def measure(
             baseline=baseline if baseline in times else None,
             ratio=ratio(times, name, baseline) if baseline in times else None,
             flops=flops, bytes=moved, tflops=flops / spread.p50 / 1e12, gbps=moved / spread.p50 / 1e9,
-            peak_tflops=compute_rate / 1e12, copy_gbps=copy_rate / 1e9, roofline=ideal / spread.p50,
+            peak_tflops=compute_rate / 1e12, memory_gbps=memory_rate / 1e9, roofline=ideal / spread.p50,
             peak_bytes=peaks[name], parameter_bytes=inputs.parameter_bytes,
             data="planted" if data is None else Path(data).name, **where,
         ))  # fmt: skip

@@ -51,8 +51,8 @@ class Row:
     tflops: float  #: flops / p50
     gbps: float  #: bytes / p50, in 1e9 bytes a second
     peak_tflops: float  #: compute rate in this run: on a CPU, multiply-adds in registers; on a GPU, a large GEMM
-    copy_gbps: float  #: rate of a large copy (bytes read + written) in this run
-    roofline: float  #: max(flops / compute rate, bytes / copy rate) / p50: 1 is as fast as this machine could be
+    memory_gbps: float  #: rate of a pass over a large buffer in place (bytes read + written) in this run
+    roofline: float  #: max(flops / compute rate, bytes / memory rate) / p50: 1 is as fast as this machine could be
     peak_bytes: int | None  #: peak of one call above the level before it, in a fresh process; None: not measured
     parameter_bytes: int  #: weights and biases, without optimiser state
     data: str  #: "planted" (see `fusae.testing.workloads.planted`) or the name of a file of activations
