@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seeds, a fixed thread count, poisoned uninitialised memory, and a word on what is not tested on this machine."""
 
+import functools
 import os
 import sys
 
@@ -10,9 +11,24 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from fusae.testing import left_out, targets
+from fusae.testing import bench, left_out, targets
 
 POISON = {torch.uint8: 0xAB, torch.int8: -77, torch.int16: -31111, torch.int32: 2_100_000_011, torch.int64: 2**61 + 11}
+
+
+@pytest.fixture(scope="module")
+def small_probes():
+    """The probes of the machine's rates take a second; where a test measures, their size does not matter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "probes", functools.partial(bench.probes, size=64, length=2**16))
+        yield
+
+
+@pytest.fixture(scope="module")
+def rows(small_probes):
+    """Benchmark rows of a tiny training step."""
+    shape = {"n": 24, "d": 16, "m": 96, "k": 4}
+    return bench.measure("train_step", **shape, rounds=2, warmup=0, memory=False, command="made by a test").rows
 
 
 @pytest.fixture(autouse=True)

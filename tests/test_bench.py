@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import json
 import subprocess
@@ -16,20 +15,8 @@ import torch
 from fusae import BackendError, _dispatch, reference
 from fusae.testing import bench, bench_gate, bench_row, workloads
 
+pytestmark = pytest.mark.usefixtures("small_probes")
 TINY = {"n": 24, "d": 16, "m": 96, "k": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_probes():
-    """The probes of the machine's rates take a second; their size does not matter here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "probes", functools.partial(bench.probes, size=64, length=2**16))
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows(small_probes) -> list[bench.Row]:
-    return bench.measure("train_step", **TINY, rounds=2, warmup=0, memory=False, command="made by a test").rows
 
 
 # --- timing ---------------------------------------------------------------------------------------------------------

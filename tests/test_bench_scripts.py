@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from fusae.testing import bench, workloads
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("small_probes")
 TINY = {"n": 24, "d": 16, "m": 96, "k": 4}
 
 
@@ -44,19 +45,6 @@ def _invoke(module, *arguments: object):
 @pytest.fixture(scope="module")
 def report():
     return _script("report")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_probes():
-    """The probes of the machine's rates take a second; their size does not matter here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench, "probes", functools.partial(bench.probes, size=64, length=2**16))
-        yield
-
-
-@pytest.fixture(scope="module")
-def rows(small_probes) -> list[bench.Row]:
-    return bench.measure("train_step", **TINY, rounds=2, warmup=0, memory=False, command="made by a test").rows
 
 
 def test_report_writes_the_table_and_checks_it(report, rows, tmp_path):

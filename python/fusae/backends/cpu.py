@@ -141,8 +141,8 @@ def force_gemm(name: str) -> Iterator[None]:
 
 
 def _use_native_gemm(n: int) -> bool:
-    """Whether the fused GEMM is the faster one: MKL, torch's library, is tuned for Intel's processors and leaves a
-    third of an AMD core unused; few rows do not pay for packing W."""
+    """Whether the fused GEMM is the faster one: MKL, torch's library, is tuned for Intel's processors and leaves
+    about half of an AMD core's multiply-adds unused; few rows do not pay for packing W."""
     if _gemm != "auto":
         return _gemm == "native"
     return n >= 128 and _C.isa() != "generic" and not _C.is_intel()
