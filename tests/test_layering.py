@@ -36,7 +36,7 @@ RULES = [
     ("ops/", ("fusae._dispatch", "fusae._checks", "fusae.codes")),
     ("backends/__init__.py", ()),
     ("backends/reference.py", ("fusae.reference",)),
-    ("backends/cpu.py", ("fusae._C",)),
+    ("backends/cpu/", ("fusae._C", "fusae.backends.cpu")),
     ("backends/triton.py", ("fusae.kernels",)),
     ("backends/cuda.py", ("fusae._cuda",)),
     ("__init__.py", ("fusae._dispatch", *PUBLIC)),
