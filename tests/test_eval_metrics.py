@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusae.eval import ReconstructionMetrics, measure
+from fusae.eval.metrics import density_histogram
 
 M, D, K = 40, 12, 5
 
@@ -49,18 +50,32 @@ def oracle(x, reconstruction, dense):
         "mse": float((x - r).square().mean()),
         "cosine": float(torch.nn.functional.cosine_similarity(x, r).mean()),
         "l2_ratio": float((r.norm(dim=1) / x.norm(dim=1)).mean()),
+        "relative_bias": float((r * r).sum() / (x * r).sum()),
         "l0": float(fired.sum(1).mean()),
         "latents": dense.shape[1],
         "dead_latents": int((fired.sum(0) == 0).sum()),
         "dead_fraction": float((fired.sum(0) == 0).double().mean()),
+        "over_10_percent": int((fired.mean(0) > 0.1).sum()),
+        "below_1e_5": int((fired.mean(0) < 1e-5).sum()),
+        "density_histogram": histogram(fired.mean(0)),
         "density": fired.mean(0).tolist(),
     }
+
+
+def histogram(density):
+    """Latent by latent, from the edges: quarters of a power of ten."""
+    counts = [0] * 32
+    for value in density.tolist():
+        if value > 0:
+            counts[max(i for i in range(32) if i == 0 or value >= 10 ** (-8 + i / 4))] += 1
+    return {"log10_from": -8.0, "log10_step": 0.25, "counts": counts}
 
 
 def assert_same(found, expected, rel=1e-11):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=rel, abs=1e-13), name
+        wanted = value if name == "density_histogram" else pytest.approx(value, rel=rel, abs=1e-13)
+        assert found[name] == wanted, name
 
 
 @pytest.mark.parametrize("form", [fixed, ragged, lambda dense: ragged(dense, spare=9)])
@@ -69,6 +84,7 @@ def test_one_shot_equals_the_formulas(form):
     result = ReconstructionMetrics(M).update(x, r, form(dense)).result()
     assert_same(result, oracle(x, r, dense))
     assert result["dead_latents"] >= 4
+    assert sum(result["density_histogram"]["counts"]) == M - result["dead_latents"]
     json.dumps(result, allow_nan=False)
 
 
@@ -114,6 +130,19 @@ def test_zero_rows_and_constant_data():
     assert result["mse"] == 1.0 and result["l0"] == 0.0 and result["dead_fraction"] == 1.0
 
 
+def test_the_relative_bias_is_the_best_scale():
+    """Dividing the reconstruction by it gives the least error (arXiv 2404.16014)."""
+    x, r, dense = data()
+    bias = ReconstructionMetrics(M).update(x, r * 0.5, fixed(dense)).result()["relative_bias"]
+    error = [float((x - r * 0.5 / (bias * f)).double().square().sum()) for f in (0.99, 1.0, 1.01)]
+    assert error[1] < error[0] and error[1] < error[2] and bias < 0.6
+
+
+def test_densities_at_the_ends_of_the_histogram():
+    found = density_histogram(torch.tensor([0.0, 1e-12, 1e-8, 0.056, 0.057, 1.0], dtype=torch.float64))["counts"]
+    assert {i: n for i, n in enumerate(found) if n} == {0: 2, 26: 1, 27: 1, 31: 1}
+
+
 def test_nan_is_not_hidden():
     x, r, dense = data(20)
     r[3, 4] = math.nan
@@ -145,16 +174,23 @@ def test_errors():
     assert_same(metrics.result(), oracle(x, r, dense))  # failed calls left nothing behind
 
 
-def test_measure_runs_over_all_rows():
+@pytest.mark.parametrize("kind", ["rows", "batches"])
+def test_measure_runs_over_all_rows(kind):
     x, r, dense = data(50)
 
     class Rows:
         def __len__(self):
             return 50
 
-        def batches(self, batch_size, shuffle, drop_last):
-            assert not shuffle and not drop_last
-            return x.split(batch_size)
+        def take(self, index):
+            return x[index]
+
+    class Batches:
+        def __len__(self):
+            return 50
+
+        def __iter__(self):
+            return iter(x.split(16))
 
     seen = []
 
@@ -166,6 +202,22 @@ def test_measure_runs_over_all_rows():
     def decode(codes):
         return r[sum(seen) - seen[-1] : sum(seen)]
 
-    result = measure(Rows(), encode, decode, M, batch_size=16, progress=False).result()
+    rows = Rows() if kind == "rows" else Batches()
+    result = measure(rows, encode, decode, M, batch_size=16, progress=False).result()
     assert seen == [16, 16, 16, 2]
     assert_same(result, oracle(x, r, dense))
+
+
+def test_measure_names_bad_rows():
+    class Rows:
+        def __len__(self):
+            return 5
+
+        def take(self, index):
+            rows = torch.ones(5, D)
+            rows[3, 1] = math.inf
+            return rows[index]
+
+    with pytest.raises(ValueError, match="rows: 1 of rows 2 to 3 hold NaN or infinite values; leave such rows out"):
+        measure(Rows(), lambda x: ragged(torch.zeros(len(x), M)), lambda c: torch.ones(2, D), M, batch_size=2,
+                progress=False)  # fmt: skip

@@ -7,7 +7,7 @@ own few rows and flatters the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -34,10 +34,17 @@ class ReconstructionMetrics:
     ``mse``                 Σ‖x − x̂‖² / (tokens · d)
     ``cosine``              mean of cos(x, x̂); a zero vector counts as 0
     ``l2_ratio``            mean of ‖x̂‖ / ‖x‖ over rows with x ≠ 0; below 1 means shrinkage
+    ``relative_bias``       Σ‖x̂‖² / Σ x·x̂; below 1: every reconstruction would be better somewhat longer (Rajamanoharan
+                            et al. 2024, arXiv 2404.16014); NaN where Σ x·x̂ is 0
     ``l0``                  active latents a row, on average; active means value ≠ 0
     ``latents``             m
     ``dead_latents``        latents active on no row seen
     ``dead_fraction``       dead_latents / m
+    ``over_10_percent``     latents active on more than 10 % of the rows
+    ``below_1e_5``          latents active on less than 1 in 100,000 rows, the dead included
+    ``density_histogram``   ``{"log10_from", "log10_step", "counts"}``: live latents by log10 of their density, in bins
+                            that are the same for every data set, so that counts of several runs can be compared; the
+                            first bin also takes what is rarer
     ``density``             [m], share of rows on which each latent is active
     ======================  ===================================================================================
 
@@ -56,6 +63,7 @@ class ReconstructionMetrics:
         self._mean: Tensor | None = None  # [d], running mean row
         self._centred = 0.0  # Σ‖x − mean‖²
         self._error = self._cosine = self._ratio = 0.0
+        self._squared = self._product = 0.0  # Σ‖x̂‖², Σ x·x̂
         self._nonzero_rows = 0
 
     def update(self, x: Tensor, reconstruction: Tensor, codes: Codes) -> ReconstructionMetrics:
@@ -81,7 +89,10 @@ class ReconstructionMetrics:
         self._error += float((x - reconstruction).square().sum())
         norm, other = x.norm(dim=1), reconstruction.norm(dim=1)
         product = norm * other
-        self._cosine += float(torch.where(product == 0, 0.0, (x * reconstruction).sum(1) / product).sum())
+        along = (x * reconstruction).sum(1)
+        self._cosine += float(torch.where(product == 0, 0.0, along / product).sum())
+        self._squared += float(other.square().sum())
+        self._product += float(along.sum())
         self._ratio += float(torch.where(norm == 0, 0.0, other / norm).sum())
         self._nonzero_rows += int((norm != 0).sum())
         mean = x.mean(0)
@@ -110,6 +121,8 @@ class ReconstructionMetrics:
         self._error += other._error
         self._cosine += other._cosine
         self._ratio += other._ratio
+        self._squared += other._squared
+        self._product += other._product
         self._nonzero_rows += other._nonzero_rows
         self._add_rows(other.tokens, other._mean, other._centred)
         return self
@@ -124,6 +137,7 @@ class ReconstructionMetrics:
         self._require_rows()
         fvu = self._error / self._centred if self._centred > 0 else float("nan")
         dead = int((self._fired == 0).sum())
+        density = self._fired.double() / self.tokens
         return {
             "tokens": self.tokens,
             "fvu": fvu,
@@ -131,11 +145,15 @@ class ReconstructionMetrics:
             "mse": self._error / (self.tokens * self._mean.shape[0]),
             "cosine": self._cosine / self.tokens,
             "l2_ratio": self._ratio / self._nonzero_rows if self._nonzero_rows else float("nan"),
+            "relative_bias": self._squared / self._product if self._product else float("nan"),
             "l0": int(self._fired.sum()) / self.tokens,
             "latents": self.latents,
             "dead_latents": dead,
             "dead_fraction": dead / self.latents,
-            "density": (self._fired.double() / self.tokens).tolist(),
+            "over_10_percent": int((density > 0.1).sum()),
+            "below_1e_5": int((density < 1e-5).sum()),
+            "density_histogram": density_histogram(density),
+            "density": density.tolist(),
         }
 
     def _require_rows(self) -> None:
@@ -143,8 +161,17 @@ class ReconstructionMetrics:
             raise ValueError("no rows were seen: call update() first")
 
 
+def density_histogram(density: Tensor) -> dict[str, Any]:
+    """`ReconstructionMetrics`' histogram of the densities ``[m]`` above 0: quarters of a power of ten, 1e-8 to 1."""
+    low, step, bins = -8.0, 0.25, 32
+    live = density[density > 0]
+    place = ((live.log10() - low) / step).floor().long().clamp(0, bins - 1)
+    counts = torch.bincount(place, minlength=bins).tolist()
+    return {"log10_from": low, "log10_step": step, "counts": counts}
+
+
 def measure(
-    activations: Any,
+    rows: Any,
     encode: Callable[[Tensor], Codes],
     decode: Callable[[Any], Tensor],
     latents: int,
@@ -153,21 +180,38 @@ def measure(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> ReconstructionMetrics:
-    """`ReconstructionMetrics` of a dictionary over all rows of `fusae.data.Activations`, with a progress bar.
+    """`ReconstructionMetrics` of a dictionary over all of some rows, with a progress bar.
 
-    `encode` maps rows ``[n, d]`` (fp32) to codes, `decode` maps codes to ``[n, d]``.
+    Args:
+        rows: something with a length and ``take(slice)`` (`fusae.data.Activations`, `fusae.train.Rows`), or an iterable
+            of batches ``[n, d]``. Rows with NaN or infinite values are an error.
+        encode: maps rows ``[n, d]`` (fp32) to codes.
+        decode: maps codes to ``[n, d]``.
+        latents: m.
     """
     from ..data.progress import token_progress
 
     metrics = ReconstructionMetrics(latents)
     with token_progress(progress) as bar, torch.inference_mode():
-        task = bar.add_task("reconstruction", total=len(activations))
-        for x in activations.batches(min(batch_size, len(activations)), shuffle=False, drop_last=False):
+        task = bar.add_task("reconstruction", total=len(rows))
+        for x in _batches(rows, batch_size):
+            if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
+                bad = int((~torch.isfinite(x).all(1)).sum())
+                raise ValueError(f"rows: {bad} of rows {metrics.tokens} to {metrics.tokens + len(x) - 1} hold NaN or "
+                                 "infinite values; leave such rows out")  # fmt: skip
             x = x.to(device)
             codes = encode(x)
             metrics.update(x, decode(codes), codes)
             bar.update(task, advance=x.shape[0])
     return metrics
+
+
+def _batches(rows: Any, batch_size: int) -> Iterator[Tensor]:
+    if not hasattr(rows, "take"):
+        yield from rows
+        return
+    for start in range(0, len(rows), batch_size):
+        yield rows.take(slice(start, start + batch_size))
 
 
 def _active_indices(codes: Codes, n: int) -> Tensor:
