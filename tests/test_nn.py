@@ -270,13 +270,13 @@ def test_init_b_dec():
 @pytest.mark.parametrize("fields", [{}, {"activation": "none", "select": "abs"}, {"select_by_norm": True}], ids=str)
 def test_folded_input_scale_is_exact(fields):
     scale, x = 0.03, rows()
-    trained, folded = make(**fields), make(**fields).fold_input_scale_(scale)
+    trained, folded = make(**fields), make(**fields).fold_input_(scale)
     ours, theirs = folded.encode(x), trained.encode(scale * x)
     assert torch.equal(ours.indices, theirs.indices)
     torch.testing.assert_close(ours.values, theirs.values / scale)
     torch.testing.assert_close(folded(x), trained(scale * x) / scale)
     with pytest.raises(ValueError, match="scale must be greater than 0"):
-        folded.fold_input_scale_(0.0)
+        folded.fold_input_(0.0)
 
 
 def test_dead_latents_count_tokens_exactly():

@@ -53,7 +53,7 @@ def test_a_run_writes_what_the_report_reads(tmp_path):
     assert about["data"] == {"rows": 640, "d": D} and about["versions"]["torch"] == torch.__version__
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [6, 12, 18, 20]
-    assert set(rows[0]) == {*COMPARED, "seconds", "tokens_per_s"}
+    assert set(rows[0]) == {*COMPARED, "seconds", "tokens_per_s", "wait", "k", "dropped", "grad_norm"}
     assert rows[-1]["tokens"] == 640 and rows[-1]["fvu"] < rows[0]["fvu"] and 0 < rows[0]["l0"] <= K
     assert rows[0]["seconds"] < rows[-1]["seconds"] and rows[0]["tokens_per_s"] > 0
 
@@ -156,12 +156,11 @@ def test_logged_metrics_are_those_of_the_steps():
     rows, sse, total, active = [], 0.0, 0.0, 0
     trainer = Trainer(config(dtype="float64", scale_input=False, log_every=5, k_aux=0), x, show=False)
     mean = x.mean(0)
-    for batch in [next(trainer.batches) for _ in range(5)]:
+    for batch in [trainer.feed.next() for _ in range(5)]:
         codes = trainer.coder.encode(batch)
         sse += (batch - trainer.coder(batch)).square().sum().item()
         total += (batch - mean).square().sum().item()
         active += int(codes.l0.sum())
-        trainer._checked(batch, "")
         trainer.train_step(batch)
     rows.append(trainer._row())
     assert rows[0]["fvu"] == pytest.approx(sse / total)
@@ -181,7 +180,7 @@ def test_aux_loss_is_the_mean_over_steps_with_dead_latents_on_every_device(monke
         aux, with_dead = 0.0, 0
         for _ in range(9):
             with_dead += bool(trainer.dead.mask().any())
-            aux += float(trainer.train_step(next(trainer.batches)).aux or 0)
+            aux += float(trainer.train_step(trainer.feed.next()).aux or 0)
         rows.append(trainer._row()["aux_loss"])
         assert 0 < with_dead < 9 and rows[-1] == pytest.approx(aux / with_dead, rel=1e-6)
     assert rows[0] == pytest.approx(rows[1], rel=1e-4)
@@ -208,7 +207,7 @@ def test_decoder_norms(unit):
 def test_masked_steps_leave_latents_that_did_not_fire():
     trainer = Trainer(config(optimizer="masked", k_aux=0), data(), show=False)
     start = trainer.coder.W_enc.detach().clone()
-    result = trainer.train_step(next(trainer.batches))
+    result = trainer.train_step(trainer.feed.next())
     fired = (result.codes.to_dense() != 0).any(0)
     moved = (trainer.coder.W_enc != start).any(1)
     assert torch.equal(moved, fired) and not fired.all()
@@ -229,9 +228,9 @@ def test_no_tensor_of_all_pre_activations_or_all_gathered_rows():
     trainer = Trainer(config(batch_size=n, k=11, k_aux=5, dead_window=1, clip_norm=1.0), data(), show=False)
     with torch.no_grad():
         trainer.coder.b_enc[:3] = -3.0  # does not fire
-    trainer.train_step(next(trainer.batches))
+    trainer.train_step(trainer.feed.next())
     with Sizes():
-        result = trainer.train_step(next(trainer.batches))
+        result = trainer.train_step(trainer.feed.next())
     assert result.aux is not None and result.aux > 0, "the step should have an AuxK term"
     largest = max(seen, key=lambda entry: entry[0])
     assert largest[0] < n * M == 3200 < n * 11 * D, largest

@@ -120,7 +120,7 @@ def poisoned(rows):
         (lambda: data(20), {}, ValueError, "batch_size 32 exceeds the 20 rows"),
         (data, {"d": 13}, ValueError, "d must be the width of the data, 12, got 13"),
         (lambda: poisoned([3]), {}, ValueError, "1 of 32 rows hold NaN or infinite values"),
-        (lambda: poisoned(slice(None)), {}, ValueError, r"the first batches: 32 of 32 rows .* first is row 0 of the"),
+        (lambda: poisoned(slice(None)), {}, ValueError, r"step 1: 32 of 32 rows .* first is row 0 of the"),
         (lambda: "nowhere.npy", {}, FileNotFoundError, "data: nowhere.npy is not there"),
         (lambda: "/tmp", {}, ValueError, "holds no activations"),
         (lambda: __file__, {}, ValueError, "must be a .npy file"),

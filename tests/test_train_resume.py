@@ -10,6 +10,7 @@ import torch
 import fusae
 from fusae.formats import FormatError, native
 from fusae.train import TrainConfig, Trainer, TrainingInterrupted, train
+from fusae.train.metrics import MetricsLog
 
 D, M, K, B = 12, 50, 3, 32
 CHECKPOINT = "checkpoint.safetensors"
@@ -98,7 +99,7 @@ def test_a_diverged_state_leaves_the_last_good_checkpoint(tmp_path, name):
     trainer.run(until=3)
     good = (run / CHECKPOINT).read_bytes()
     moments = trainer.optimizer.state[trainer.coder.W_enc]
-    places = {"W_dec": trainer.coder.W_dec, "W_enc.exp_avg_sq": moments["exp_avg_sq"]}
+    places = {"W_dec": trainer.coder.W_dec, "W_enc.exp_avg_sq": moments["exp_avg_sq"], "sums": trainer.interval.sums}
     with torch.no_grad():
         places.get(name, getattr(trainer, name, None)).view(-1)[-1] = torch.inf
     message = rf"{name} holds NaN or infinite values after step 3: lower lr .*{CHECKPOINT} is of an earlier step"
@@ -123,13 +124,13 @@ def test_a_diverged_coder_is_not_the_result(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_train_does_not_pass_off_an_interrupted_run_as_a_coder(tmp_path, monkeypatch, number):
-    log = Trainer._log
+    write = MetricsLog.write
 
     def interrupted(self, row):
-        log(self, row)
+        write(self, row)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_log", interrupted)
+    monkeypatch.setattr(MetricsLog, "write", interrupted)
     with pytest.raises(TrainingInterrupted, match=r"after step 6 of 20.*resume=True") as caught:
         train(config(), data(), tmp_path / "run", show=False)
     assert isinstance(caught.value, KeyboardInterrupt) and caught.value.coder.config.m == M

@@ -8,6 +8,8 @@ every tensor's shape and dtype; both files carry the same `save` mark, so a pair
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import secrets
@@ -29,14 +31,49 @@ class FormatError(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A scratch path beside `path`; it takes the place of `path` when the block ends, and vanishes if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_scratch(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield scratch
         with open(scratch, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(scratch, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        kept = "; what was there before is kept" if path.exists() else ""
+        what = f"no room to write {path} ({error.strerror}){kept}; free some and try again"
+        raise OSError(error.errno, what) from error
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(path: Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left; those of living ones stay."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        if not pid.isdigit() or int(pid) == os.getpid() or not _alive(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` outlive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -47,10 +84,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """One safetensors file, atomically; `about` goes into its header as JSON."""
-    header = {"fusae": json.dumps(about, allow_nan=False)}
+    """One safetensors file, atomically; `about` goes into its header as JSON, with the sha256 of every tensor."""
+    tensors = {name: value.detach().contiguous() for name, value in tensors.items()}
+    sums = {name: _sha256(value) for name, value in tensors.items()}
+    header = {"fusae": json.dumps({**about, "sha256": sums}, allow_nan=False)}
     with replacing(path) as scratch:
-        safetensors.torch.save_file({k: v.detach().contiguous() for k, v in tensors.items()}, scratch, header)
+        try:
+            safetensors.torch.save_file(tensors, scratch, header)
+        except safetensors.SafetensorError as error:  # what a full disk raises there, without its number
+            if "os error 28" in str(error) or "os error 27" in str(error) or "No space" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+
+def _sha256(tensor: Tensor) -> str:
+    flat = tensor.cpu().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+    return hashlib.sha256(flat.numpy()).hexdigest()
 
 
 def open_tensors(path: Path, wanted: str) -> tuple[Any, dict[str, Any]]:
@@ -133,7 +182,18 @@ def load_pair(
     if header.get("save") != about.get("save"):
         raise FormatError(f"{path}: its mark 'save' is not that of {json_path.name}: the two are of different saves")
     check_tensors(path, file, tensors)
+    check_sums(path, file, header)
     return config, ((key, file.get_tensor(key)) for key in tensors)
+
+
+def check_sums(path: Path, file: Any, about: Mapping[str, Any]) -> None:
+    """Every tensor of an open safetensors file has the sha256 that `write_tensors` noted."""
+    sums = about.get("sha256")
+    if not isinstance(sums, dict):
+        raise FormatError(f"{path}: field 'sha256' must be an object, got {type(sums).__name__}")
+    for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+        if _sha256(file.get_tensor(key)) != sums.get(key):
+            raise FormatError(f"{path}: {key} is damaged: its sha256 is not the one that was noted when it was written")
 
 
 def check_tensors(path: Path, file: Any, tensors: Mapping[str, tuple[list[int], torch.dtype]]) -> None:

@@ -270,14 +270,23 @@ class SparseCoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def fold_input_scale_(self, scale: float) -> SparseCoder:
-        """Turn a coder trained on ``scale · x`` into the same coder of plain ``x``, exactly.
+    def fold_input_(self, scale: float = 1.0, centre: Tensor | None = None) -> SparseCoder:
+        """Turn a coder trained on ``scale · (x - centre)`` into the same coder of plain ``x``, with the same latents
+        selected.
 
-        Divides both biases: ``coder(x) = trained(scale · x) / scale``, with the same latents selected.
+        Divides both biases and moves `b_dec`: ``coder(x) = trained(scale · (x - centre)) / scale + centre``.
+
+        Args:
+            scale: above 0.
+            centre: ``[d]``, of plain inputs; None: 0.
         """
         _fields.number("scale", scale, above=True)
+        if centre is not None and centre.shape != self.b_dec.shape:
+            raise ValueError(f"centre must have shape {list(self.b_dec.shape)}, got {list(centre.shape)}")
         self.b_enc /= scale
         self.b_dec /= scale
+        if centre is not None:
+            self.b_dec += centre.to(self.b_dec)
         return self
 
     def save(self, folder: str | Path) -> Path:

@@ -33,6 +33,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     show: bool = True,
+    about: dict[str, Any] | None = None,
 ) -> SparseCoder:
     """Train a sparse coder to the end; arguments as of `Trainer`. Returns the coder of plain (unscaled) inputs.
 
@@ -41,7 +42,7 @@ def train(
         ValueError, TypeError, FileNotFoundError, BackendError: before any work.
         FloatingPointError: the training diverged; the last good checkpoint is kept.
     """
-    trainer = Trainer(config, data, run_dir, resume=resume, overwrite=overwrite, show=show)
+    trainer = Trainer(config, data, run_dir, resume=resume, overwrite=overwrite, show=show, about=about)
     coder = trainer.run()
     if not trainer.finished:
         raise TrainingInterrupted(trainer, coder)

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from .. import _fields
-from ..formats.native import FormatError, check_tensors, check_version, open_tensors, write_tensors
+from ..formats.native import FormatError, check_sums, check_tensors, check_version, open_tensors, write_tensors
 from .config import TrainConfig
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-FORMAT, VERSION, NAME = "fusae.Trainer", 1, "checkpoint.safetensors"
+FORMAT, VERSION, NAME = "fusae.Trainer", 2, "checkpoint.safetensors"
 _WANTED = "the checkpoint of an unfinished run"
 
 
 def save(trainer: Trainer, path: Path) -> None:
-    """Weights, moments, counters, random state, place in the data, metrics of the unfinished log interval."""
+    """Weights, their average, moments, counters, random state, place in the data, sums of the open interval."""
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -30,8 +30,9 @@ def save(trainer: Trainer, path: Path) -> None:
         "seconds": trainer.seconds,
         "scale": trainer.scale,
         "variance": trainer.variance,
-        "interval": trainer.interval,
-        "data": trainer.batches.state_dict(),
+        "interval": trainer.interval.counts,
+        "data": trainer.feed.state_dict(),
+        "dropped": trainer.feed.dropped,
     }
     write_tensors(path, tensors(trainer), about)
 
@@ -49,10 +50,13 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor of the state but the moments, to be written, or to be read into."""
+    average = {} if trainer.average is None else trainer.average.sums
     return {
         **{name: param.detach() for name, param in trainer.coder.named_parameters()},
+        **{f"{name}.average": value for name, value in average.items()},
+        "centre": trainer.centre,
         "mean": trainer.mean,
-        "sums": trainer.sums,
+        "sums": trainer.interval.sums,
         "tokens_since_fired": trainer.dead.tokens_since_fired,
         "rng_state": torch.get_rng_state(),
     }
@@ -62,7 +66,7 @@ def read_about(path: Path) -> dict[str, Any]:
     """What a checkpoint says about itself, ``config`` as a `TrainConfig`; no tensor is read."""
     _, about = open_tensors(path, _WANTED)
     check_version(path, about, FORMAT, VERSION)
-    for field in ("config", "step", "seconds", "scale", "variance", "interval", "data"):
+    for field in ("config", "step", "seconds", "scale", "variance", "interval", "data", "dropped"):
         if field not in about:
             raise FormatError(f"{path}: field {field!r} is missing")
     try:
@@ -86,7 +90,9 @@ def _checked(about: dict[str, Any]) -> TrainConfig:
     _fields.number("'seconds'", about["seconds"])
     for field in ("scale", "variance"):
         _fields.number(f"{field!r}", about[field], above=True)
-    for field, check in (("steps", _fields.whole), ("tokens", _fields.whole), ("seconds", _fields.number)):
+    _fields.whole("'dropped'", about["dropped"])
+    number = _fields.number
+    for field, check in (("steps", _fields.whole), ("tokens", _fields.whole), ("seconds", number), ("waited", number)):
         if field not in about["interval"]:
             raise ValueError(f"'interval.{field}' is missing")
         check(f"'interval.{field}'", about["interval"][field])
@@ -97,7 +103,7 @@ def load_tensors(trainer: Trainer, path: Path) -> None:
     """Read the tensors of a checkpoint into a trainer of the same configuration, and restore torch's random state.
 
     Raises:
-        FormatError: a tensor is missing, or of another shape or dtype; raised before any is read.
+        FormatError: a tensor is missing, damaged, or of another shape or dtype; raised before any is taken over.
     """
     file, about = open_tensors(path, _WANTED)
     targets = _tensors(trainer)
@@ -107,8 +113,11 @@ def load_tensors(trainer: Trainer, path: Path) -> None:
         state["step"] = step
         targets.update({f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)})
     check_tensors(path, file, {name: (list(target.shape), target.dtype) for name, target in targets.items()})
+    check_sums(path, file, about)
     del targets["rng_state"]
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(file.get_tensor(name))
+    if trainer.average is not None:
+        trainer.average.steps = step
     torch.set_rng_state(file.get_tensor("rng_state"))

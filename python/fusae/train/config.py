@@ -23,6 +23,12 @@ class TrainConfig:
     m: int = dataclasses.field(metadata={"help": "latents (dictionary size)"})
     k: int = _field(32, "latents active per token")
     d: int | None = _field(None, "width of the activations; default: that of the data")
+    k_start: int | None = _field(
+        None, "latents active per token at the first step, falling linearly to k; default: k from the start"
+    )
+    k_anneal_steps: int | None = _field(
+        None, "steps until k is reached, where k_start is given; default: 10 % of all steps"
+    )
     batch_size: int = _field(4096, "tokens per step")
     epochs: int = _field(1, "passes over the data; not used where `tokens` is given")
     tokens: int | None = _field(None, "tokens to train on, over as many passes as that takes; default: epochs x rows")
@@ -49,10 +55,22 @@ class TrainConfig:
     dead_window: int | None = _field(
         None, "tokens without firing after which a latent is dead; default: 1/40 of all tokens, at most 10,000,000"
     )
+    ema: float = _field(
+        0.0,
+        "decay rate of an average of the weights over the steps, which the saved coder then has; 0: the last weights; "
+        "0.999 averages over some thousand steps",
+    )
+    centre_input: bool = _field(
+        False, "train on data less their mean row; undone in the saved coder. For data far from the origin in 16 bits"
+    )
     scale_input: bool = _field(
         True, "train on data scaled so that their mean squared distance from the mean is 1; undone in the saved coder"
     )
     b_dec_init: str = _field("geometric_median", "centre that b_dec starts at: 'geometric_median', 'mean' or 'zero'")
+    nonfinite: str = _field(
+        "stop", "rows with NaN or infinite values: 'stop' the run, or 'drop' them; they are counted in metrics.jsonl"
+    )
+    prefetch: int = _field(2, "batches made ready by a thread while a step runs; 0: no thread")
     init_rows: int = _field(32768, "rows, at most, from which centre and scale of the data are measured")
     dtype: str = _field(
         "float32", "'float32', 'float64', or 'bfloat16': computed in bfloat16, parameters and moments in float32"
@@ -60,6 +78,7 @@ class TrainConfig:
     device: str = _field("auto", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ...")
     seed: int = _field(0, "of the initial weights and of the order of the data")
     log_every: int = _field(10, "steps between two lines of metrics.jsonl")
+    tensorboard: bool = _field(False, "write metrics as TensorBoard events too, into the folder tensorboard of the run")
     checkpoint_every: int = _field(1000, "steps between two checkpoints; 0: only when the run is interrupted")
 
     def __post_init__(self) -> None:
@@ -70,7 +89,15 @@ class TrainConfig:
         for name in ("d", "tokens", "dead_window"):
             if getattr(self, name) is not None:
                 _fields.whole(name, getattr(self, name), 1)
-        for name in ("seed", "checkpoint_every"):
+        if self.k_start is not None:
+            _fields.whole("k_start", self.k_start, self.k, self.m, "m")
+        if self.k_anneal_steps is not None:
+            _fields.whole("k_anneal_steps", self.k_anneal_steps, 1)
+            if self.k_start is None:
+                raise ValueError(
+                    f"k_anneal_steps is {self.k_anneal_steps}, but k_start is not given: it falls from there"
+                )
+        for name in ("seed", "checkpoint_every", "prefetch"):
             _fields.whole(name, getattr(self, name))
         if self.warmup_steps is not None:
             _fields.whole("warmup_steps", self.warmup_steps)
@@ -81,13 +108,14 @@ class TrainConfig:
                 _fields.number(name, getattr(self, name), above=True)
         for name in ("eps", "aux_coefficient"):
             _fields.number(name, getattr(self, name))
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             _fields.number(name, getattr(self, name), 0.0, 1.0)
         if _fields.number("decay", self.decay) > 1:
             raise ValueError(f"decay must be between 0 and 1, a share of the steps, got {self.decay}")
-        for name in ("unit_decoder", "select_by_norm", "scale_input"):
+        for name in ("unit_decoder", "select_by_norm", "centre_input", "scale_input", "tensorboard"):
             _fields.flag(name, getattr(self, name))
         _fields.choice("optimizer", self.optimizer, ("dense", "masked"))
+        _fields.choice("nonfinite", self.nonfinite, ("stop", "drop"))
         _fields.choice("b_dec_init", self.b_dec_init, ("geometric_median", "mean", "zero"))
         _fields.choice("dtype", self.dtype, ("float32", "float64", "bfloat16"))
         if not isinstance(self.device, str):
@@ -122,6 +150,13 @@ class TrainConfig:
             "k_aux": min(max(1, d // 2), self.m),
             "dead_window": min(10_000_000, max(1, tokens // 40)),
         }
+        if self.k_start is not None:
+            default["k_anneal_steps"] = max(1, steps // 10)
+            if (self.k_anneal_steps or 0) > steps:
+                raise ValueError(
+                    f"k_anneal_steps must be at most the {steps} steps of the run, got {self.k_anneal_steps}: k would "
+                    "not be reached"
+                )
         missing = {name: value for name, value in default.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **{**missing, "tokens": tokens})
 
@@ -138,6 +173,12 @@ class TrainConfig:
         decay_steps = self.decay * self.steps
         fall = (self.steps - step + 1) / decay_steps if decay_steps >= 1 else 1.0
         return self.lr * min(1.0, rise, fall)
+
+    def k_at(self, step: int) -> int:
+        """Latents active per token in a step (from 1), of a resolved configuration."""
+        if self.k_start is None or step >= self.k_anneal_steps:
+            return self.k
+        return self.k_start + round((self.k - self.k_start) * (step - 1) / self.k_anneal_steps)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

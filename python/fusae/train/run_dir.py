@@ -6,20 +6,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import _fields
-from ..formats.native import replacing, write_json
+from ..formats.native import remove_scratch, replacing, write_json
 from ..info import versions
 from . import checkpoint
 from .config import TrainConfig
+from .metrics import EVENTS, METRICS
 from .rows import describe
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-CONFIG, METRICS, CODER = "config.json", "metrics.jsonl", "coder"
+CONFIG, CODER = "config.json", "coder"
 # The last of it to be written: where it is, the run is finished.
 _DONE = f"{CODER}/coder.json"
 # All that a run, its evaluation and its report write.
@@ -27,8 +29,8 @@ _FILES = (
     CONFIG, METRICS, checkpoint.NAME, _DONE, f"{CODER}/coder.safetensors",
     "eval.json", "features.json", "bench.json", "report.html",
 )  # fmt: skip
-# May differ between a run and its continuation: they do not change the result.
-_FREE = ("log_every", "checkpoint_every", "device")
+# May differ between a run and its continuation: they do not change the result (of rows that are all finite).
+_FREE = ("log_every", "checkpoint_every", "prefetch", "tensorboard", "nonfinite", "device")
 
 
 def prepare(
@@ -77,15 +79,20 @@ def start_files(trainer: Trainer, new: bool) -> None:
     """
     run_dir, step = trainer.run_dir, trainer.step
     run_dir.mkdir(parents=True, exist_ok=True)
+    for name in _FILES:
+        remove_scratch(run_dir / name)
     if new:
         for name in _FILES:
             (run_dir / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or not empty
             (run_dir / CODER).rmdir()
+        shutil.rmtree(run_dir / EVENTS, ignore_errors=True)
         about = {
+            **trainer.about,
             "train": trainer.config.to_dict(),
             "data": describe(trainer.source),
             "input_scale": trainer.scale,
+            "input_centre_norm": float(trainer.centre.norm()),
             "versions": versions(),
         }
         write_json(run_dir / CONFIG, about)

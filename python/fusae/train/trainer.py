@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import dataclasses
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,24 +18,27 @@ from torch import Tensor, nn
 
 from ..formats.native import FormatError
 from ..nn import CoderLoss, DeadLatents, SparseCoder, SparseCoderConfig
-from ..nn.sums import total
+from ..nn.init import unit_rows_
 from ..optim import Adam
 from . import checkpoint
+from .average import WeightAverage
 from .config import TrainConfig
+from .feed import Feed
 from .interrupt import interruptible
+from .measure import measure
+from .metrics import Interval, MetricsLog, check_tensorboard
 from .progress import TrainingDisplay
 from .rows import open_data
-from .run_dir import CODER, METRICS, merge, prepare, start_files
-
-_SUMS = ("loss", "sse", "total", "active", "aux", "aux_steps")
+from .run_dir import CODER, merge, prepare, start_files
 
 
 class Trainer:
     """Trains a `SparseCoder`; everything it needs to go on later is in one checkpoint.
 
     Args:
-        config: a `TrainConfig`. To resume, None or a dict of the fields given: `log_every`, `checkpoint_every` and
-            `device` may change (all three do with a `TrainConfig`), any other must be as it was.
+        config: a `TrainConfig`. To resume, None or a dict of the fields given: `log_every`, `checkpoint_every`,
+            `prefetch`, `tensorboard`, `nonfinite` and `device` may change (all of them do with a `TrainConfig`), any
+            other must be as it was.
         data: a tensor or array ``[n, d]``, a ``.npy`` path, a folder of activations, or an object with
             ``batches(batch_size, seed, epochs)`` (an iterator of ``[n, d]`` batches with `state_dict` and
             `load_state_dict`; without a length where `config.tokens` is given) and ``shape``.
@@ -42,15 +46,20 @@ class Trainer:
         resume: go on from the checkpoint in `run_dir`.
         overwrite: replace a run that is in `run_dir`.
         show: progress on stderr.
+        about: plain values to be written into config.json beside what the trainer writes there itself.
 
     Attributes:
-        coder: the coder in training, of inputs scaled by `scale`; `export()` gives it for plain inputs.
-        optimizer, dead, config (resolved), step (steps done), scale, mean (``[d]``, scaled), variance (scaled).
+        coder: the coder in training, of inputs ``scale · (x - centre)``; `export()` gives it for plain inputs.
+        optimizer, dead, feed, config (resolved), step (steps done).
+        average: the `WeightAverage` of the coder, or None without `config.ema`.
+        centre (``[d]``), scale, mean (``[d]``, of centred and scaled rows), variance (of these).
 
     metrics.jsonl has a line for every `log_every` steps, over the steps since the last: ``step``, ``tokens`` and
     ``seconds`` so far, mean ``loss``, ``fvu``, ``l0``, ``dead`` latents, ``aux_loss`` (mean over the steps with dead
-    latents; null without any), ``lr``, ``tokens_per_s``. Its ``fvu`` is ``Σ ||x - x̂||² / Σ ||x - mean||²`` of training
-    batches before their step, with the `mean` of the data's first `init_rows` rows; that of `fusae.eval` is exact.
+    latents; null without any), ``grad_norm`` (mean, before clipping; null without), ``lr``, ``k``, ``tokens_per_s``,
+    ``wait`` (share of the time spent waiting for data), ``dropped`` (rows left out so far as not finite). Its ``fvu``
+    is ``Σ ||x - x̂||² / Σ ||x - mean||²`` of training batches before their step, with the `mean` of the data's first
+    `init_rows` rows; that of `fusae.eval` is exact.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: bad data or configuration, before any work.
@@ -66,43 +75,54 @@ class Trainer:
         resume: bool = False,
         overwrite: bool = False,
         show: bool = True,
+        about: dict[str, Any] | None = None,
     ) -> None:
         self.run_dir = None if run_dir is None else Path(run_dir)
-        self.show = show
-        about = prepare(self.run_dir, config, resume, overwrite)
-        if about is not None:
-            config = merge(config, about["config"])
+        self.show, self.about = show, about or {}
+        found = prepare(self.run_dir, config, resume, overwrite)
+        if found is not None:
+            config = merge(config, found["config"])
         self.source = open_data(data)
         d = int(self.source.shape[1])
         every = config.tokens is not None
-        self.batches = self.source.batches(config.batch_size, config.seed, None if every else config.epochs)
-        length = None if every else _length(self.batches)
+        batches = self.source.batches(config.batch_size, config.seed, None if every else config.epochs)
+        length = None if every else _length(batches)
         per_epoch = None if length is None else length // config.epochs * config.batch_size
         self.config = config = config.resolve(d, per_epoch)
         self.device = _device(config.device)
+        if config.tensorboard:
+            check_tensorboard()
         _try_ops(config, self.device)
+        self.feed = Feed(
+            batches, config.batch_size, d, nonfinite=config.nonfinite, ahead=config.prefetch,
+            pin=self.device.type == "cuda",
+        )  # fmt: skip
         self.step, self.seconds = 0, 0.0
-        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.device)
-        self.interval = _no_steps()
+        self.interval = Interval(self.device)
         shape = _shape(config)
-        new = about is None
+        new = found is None
         self.coder = SparseCoder(shape, seed=config.seed if new else None, device=self.device, sparse_grad=True)
         self.optimizer = _optimizer(self.coder, config)
         self.dead = DeadLatents(config.m, config.dead_window, self.device)
+        self.average = WeightAverage(self.coder, config.ema) if config.ema else None
         if new:
-            self._measure()
+            rows = min(config.init_rows, self.source.shape[0] or config.init_rows, config.tokens)
+            self.centre, self.scale, self.mean, self.variance = measure(config, self.feed.peek(rows), self.coder)
         else:
-            self.mean = torch.zeros(d, dtype=shape.torch_dtype, device=self.device)
-            self.step, self.seconds, self.interval = about["step"], about["seconds"], about["interval"]
-            self.scale, self.variance = about["scale"], about["variance"]
-            path = self.run_dir / checkpoint.NAME
-            try:
-                self.batches.load_state_dict(about["data"])
-            except (TypeError, AttributeError, KeyError) as error:
-                raise FormatError(f"{path}: field 'data' is no place in these data ({error!r})") from error
-            checkpoint.load_tensors(self, path)
+            self._resume(found)
         if self.run_dir is not None:
             start_files(self, new)
+
+    def _resume(self, found: dict[str, Any]) -> None:
+        path = self.run_dir / checkpoint.NAME
+        self.centre, self.mean = (torch.zeros_like(self.coder.b_dec, requires_grad=False) for _ in range(2))
+        self.step, self.seconds, self.interval.counts = found["step"], found["seconds"], found["interval"]
+        self.scale, self.variance = found["scale"], found["variance"]
+        try:
+            self.feed.load_state_dict(found["data"], found["dropped"], self.step)
+        except (TypeError, AttributeError, KeyError) as error:
+            raise FormatError(f"{path}: field 'data' is no place in these data ({error!r})") from error
+        checkpoint.load_tensors(self, path)
 
     @property
     def tokens(self) -> int:
@@ -113,57 +133,27 @@ class Trainer:
     def finished(self) -> bool:
         return self.step >= self.config.steps
 
-    def _measure(self) -> None:
-        """Centre, scale and variance of the data, from its first rows; sets `b_dec`."""
-        config, rows = self.config, []
-        for x in self.source.batches(config.batch_size, config.seed, 1):
-            rows.append(self._checked(x, "the first batches"))
-            if sum(len(r) for r in rows) >= config.init_rows:
-                break
-        dtype = self.coder.W_dec.dtype
-        x = torch.cat(rows)[: config.init_rows].to(self.device, dtype)
-        mean = x.mean(0, dtype=torch.float64).to(dtype)
-        variance = float(total((x - mean).square(), torch.float64)) / len(x)
-        if not variance > 0:
-            raise ValueError(f"data: the first {len(x)} rows are all the same: there is nothing to learn")
-        self.scale = 1 / math.sqrt(variance) if config.scale_input else 1.0
-        self.variance = variance * self.scale**2
-        self.mean = mean * self.scale
-        if config.b_dec_init != "zero":
-            self.coder.init_b_dec_(x * self.scale, config.b_dec_init)
-
-    def _checked(self, x: Tensor, where: str) -> Tensor:
-        d = self.config.d
-        if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] != d or x.shape[0] == 0:
-            shape = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"data: {where}: a batch must have shape [n, {d}], got {shape}")
-        # A finite sum means finite values. Data that are on a GPU already are not read back; their loss is.
-        if not x.is_cuda and not torch.isfinite(x.sum()):
-            bad = (~torch.isfinite(x).all(1)).nonzero()
-            if len(bad):
-                raise ValueError(
-                    f"data: {where}: {len(bad)} of {len(x)} rows hold NaN or infinite values (the first is row "
-                    f"{int(bad[0])} of the batch); leave such rows out of the data"
-                )
-        return x
-
     def train_step(self, x: Tensor) -> CoderLoss:
-        """One step on a batch ``[n, d]`` of unscaled rows: loss, gradients, optimiser, counters. No host sync."""
+        """One step on a batch ``[n, d]`` of plain rows: loss, gradients, optimiser, counters. No host sync."""
         config, coder = self.config, self.coder
-        x = x.to(self.device, coder.W_dec.dtype) * self.scale
+        x = x.to(self.device, coder.W_dec.dtype, non_blocking=True)
+        x = (x - self.centre if config.centre_input else x) * self.scale
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
+        if coder.config.k != (k := config.k_at(self.step + 1)):
+            coder.config = dataclasses.replace(coder.config, k=k)
         dead, k_aux = self._dead()
         with _autocast(config, self.device):
             result = coder.loss(x, dead, k_aux, aux_coefficient=config.aux_coefficient, variance=self.variance)
         result.loss.backward()
-        if config.clip_norm is not None:
-            self.optimizer.clip_grad_norm_(config.clip_norm)
+        norm = None if config.clip_norm is None else self.optimizer.clip_grad_norm_(config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(coder)
         self.dead.update(result.codes)
         self.step += 1
-        self._account(x, result, dead)
+        self.interval.add(x, self.mean, result, dead, norm)
         return result
 
     def _dead(self) -> tuple[Tensor | None, int]:
@@ -177,47 +167,24 @@ class Trainer:
             k_aux = min(k_aux, int(mask.sum()))
         return (mask, k_aux) if k_aux else (None, 0)
 
-    @torch.no_grad()
-    def _account(self, x: Tensor, result: CoderLoss, dead: Tensor | None) -> None:
-        none = torch.zeros_like(result.sse)
-        values = [
-            result.loss.detach(),
-            result.sse,
-            total((x - self.mean).square()),
-            (result.codes.values != 0).sum(),
-            none if result.aux is None else result.aux,
-            none if dead is None else dead.any(),
-        ]
-        self.sums += torch.stack([v.to(self.sums.dtype) for v in values])
-        self.interval["steps"] += 1
-        self.interval["tokens"] += x.shape[0]
-
     def _row(self) -> dict[str, Any]:
         """The metrics since the last row, for metrics.jsonl. Reads from the device once."""
-        now = self.interval
-        dead = (self.dead.mask().sum() if self.tokens >= self.config.dead_window else self.sums.new_zeros(())).double()
-        *sums, dead = torch.cat([self.sums, dead[None]]).tolist()
-        loss, sse, centred, active, aux, aux_steps = sums
-        if not math.isfinite(loss):
+        config, steps = self.config, self.interval.counts["steps"]
+        dead = self.dead.mask().sum() if self.tokens >= config.dead_window else self.interval.sums.new_zeros(())
+        row = self.interval.row(dead, config.clip_norm is not None)
+        if not math.isfinite(row["loss"]):
             raise FloatingPointError(
-                f"the loss became {loss} in steps {self.step - now['steps'] + 1} to {self.step}: "
-                f"{self._advice()}"
+                f"the loss became {row['loss']} in steps {self.step - steps + 1} to {self.step}: {self._advice()}"
             )
-        row = {
+        return {
             "step": self.step,
             "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
-            "loss": loss / now["steps"],
-            "fvu": sse / centred,
-            "l0": active / now["tokens"],
-            "dead": int(dead),
-            "aux_loss": aux / aux_steps if aux_steps else None,
-            "lr": self.config.lr_at(self.step),
-            "tokens_per_s": round(now["tokens"] / max(now["seconds"], 1e-9), 1),
+            **row,
+            "lr": config.lr_at(self.step),
+            "k": config.k_at(self.step),
+            "dropped": self.feed.dropped,
         }
-        self.sums.zero_()
-        self.interval = _no_steps()
-        return row
 
     def run(self, until: int | None = None, on_log: Callable[[dict[str, Any]], None] | None = None) -> SparseCoder:
         """Train to the end, or to step `until`; Ctrl-C or SIGTERM finishes the step, saves, and returns.
@@ -232,70 +199,80 @@ class Trainer:
         Raises:
             FloatingPointError: the training diverged; the last good checkpoint is kept.
         """
-        config = self.config
-        goal = config.steps if until is None else min(until, config.steps)
-        with TrainingDisplay(self.show, config.tokens) as display, interruptible() as stopped:
+        goal = self.config.steps if until is None else min(until, self.config.steps)
+        log = MetricsLog(self.run_dir, self.config.tensorboard, self.step)
+        with (
+            TrainingDisplay(self.show, self.config.tokens) as display,
+            interruptible() as stopped,
+            contextlib.closing(log),
+            contextlib.closing(self.feed),
+        ):
             display.tokens(self.tokens)
             while self.step < goal and not stopped.is_set():
-                start = time.perf_counter()
-                self.train_step(self._next())
+                try:
+                    row = self._timed_step(stopped)
+                except ValueError:  # of the data: what was trained so far is good
+                    if self.run_dir is not None:
+                        self._try_checkpoint(display)
+                    raise
                 display.tokens(self.tokens)
-                logging = self.step % config.log_every == 0 or self.step == config.steps
-                row = self._row_timed(start) if logging else self._timed(start)
                 if row is not None:
-                    self._log(row)
-                    display.metrics(row, last=self.step == config.steps)
+                    log.write(row)
+                    display.metrics(row, last=self.step == self.config.steps)
+                    if log.trouble:
+                        display.say(f"warning: {log.trouble}")
                     if on_log is not None:
                         on_log(row)
-                due = config.checkpoint_every and self.step % config.checkpoint_every == 0
-                if due and self.run_dir is not None and self.step < goal:
-                    self.save_checkpoint()
-            if self.finished:
-                self._check_finite()
-            if self.run_dir is None:
-                pass
-            elif self.finished:
-                self.export().save(self.run_dir / CODER)
-                (self.run_dir / checkpoint.NAME).unlink(missing_ok=True)
-                display.say(f"done: {self.run_dir / CODER}")
-            else:
-                self.save_checkpoint()
-                display.say(
-                    f"stopped after step {self.step:,} of {config.steps:,}; saved. To go on: "
-                    f"fusae train --resume {self.run_dir}"
-                )
+                every = self.config.checkpoint_every
+                due = every and self.step % every == 0 and self.step < goal and not stopped.is_set()
+                if due and self.run_dir is not None:
+                    self._try_checkpoint(display)
+            self._end(display)
         return self.export()
 
-    def _next(self) -> Tensor:
+    def _timed_step(self, stopped: threading.Event) -> dict[str, Any] | None:
+        """Wait for a batch and train on it; a row of metrics where one is due. Nothing where `stopped` came first."""
+        start, waited = time.perf_counter(), self.feed.waited
         try:
-            x = next(self.batches)
+            x = self.feed.next(stopped)
         except StopIteration:
             raise ValueError(
                 f"data: ended after step {self.step} of {self.config.steps}; take fewer tokens or more epochs"
             ) from None
-        x = self._checked(x, f"step {self.step + 1}")
-        if x.shape[0] != self.config.batch_size:
-            raise ValueError(
-                f"data: step {self.step + 1}: a batch must have batch_size = {self.config.batch_size} rows, "
-                f"got {x.shape[0]}"
-            )
-        return x
-
-    def _timed(self, start: float) -> None:
+        if x is None:
+            return None
+        self.train_step(x)
+        logging = self.step % self.config.log_every == 0 or self.step == self.config.steps
+        if logging and self.device.type == "cuda":
+            # The row waits for the device anyway; so its time is in the row.
+            torch.cuda.synchronize(self.device)
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        self.interval["seconds"] += elapsed
+        self.interval.passed(elapsed, self.feed.waited - waited)
+        return self._row() if logging else None
 
-    def _row_timed(self, start: float) -> dict[str, Any]:
-        if self.device.type == "cuda":  # the row waits for the device anyway; so its time is in the row
-            torch.cuda.synchronize(self.device)
-        self._timed(start)
-        return self._row()
+    def _try_checkpoint(self, display: TrainingDisplay) -> None:
+        """A disk that is full does not end a run that can still go on: the next checkpoint may find room."""
+        try:
+            self.save_checkpoint()
+        except OSError as error:
+            display.say(f"warning: no checkpoint of step {self.step:,}: {error.strerror or error}")
 
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.run_dir is not None:
-            with open(self.run_dir / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row, allow_nan=False) + "\n")
+    def _end(self, display: TrainingDisplay) -> None:
+        if self.finished:
+            self._check_finite()
+        if self.run_dir is None:
+            return
+        if self.finished:
+            self.export().save(self.run_dir / CODER)
+            (self.run_dir / checkpoint.NAME).unlink(missing_ok=True)
+            display.say(f"done: {self.run_dir / CODER}")
+        else:
+            self.save_checkpoint()
+            display.say(
+                f"stopped after step {self.step:,} of {self.config.steps:,}; saved. To go on: "
+                f"fusae train --resume {self.run_dir}"
+            )
 
     def save_checkpoint(self) -> Path:
         """Write the whole state to ``run_dir/checkpoint.safetensors``, atomically.
@@ -323,17 +300,22 @@ class Trainer:
         return f"lower lr (now {self.config.lr:g}), set clip_norm, or look for extreme rows in the data"
 
     def export(self) -> SparseCoder:
-        """The coder of plain inputs: the input scale folded into the biases. Shares the two weight matrices."""
+        """The coder of plain inputs, with the averaged weights where there are any: scale and centre folded into the
+        biases. Shares the two weight matrices where they are not averaged.
+
+        An average of unit decoder rows is a little shorter: with `unit_decoder` its rows are brought back to unit norm.
+        """
         coder = copy.copy(self.coder)
         coder._parameters = dict(self.coder._parameters)
-        coder.b_enc = nn.Parameter(self.coder.b_enc.detach().clone())
-        coder.b_dec = nn.Parameter(self.coder.b_dec.detach().clone())
+        weights = {name: getattr(self.coder, name).detach().clone() for name in ("b_enc", "b_dec")}
+        if self.average is not None and self.average.steps:
+            weights = self.average.weights()
+            if self.config.unit_decoder:
+                unit_rows_(weights["W_dec"])
+        for name, value in weights.items():
+            coder._parameters[name] = nn.Parameter(value)
         coder.sparse_grad = False
-        return coder.fold_input_scale_(self.scale)
-
-
-def _no_steps() -> dict[str, Any]:
-    return {"steps": 0, "tokens": 0, "seconds": 0.0}
+        return coder.fold_input_(self.scale, self.centre)
 
 
 def _length(batches: Any) -> int | None:
