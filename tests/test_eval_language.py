@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from fusae.eval import logit_effects, loss_recovered
+from fusae.data import TokenChunks
+from fusae.eval import LossMetrics, logit_effects, loss_recovered
 
 transformers = pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
 tokenizers = pytest.importorskip("tokenizers", reason="the extra 'lm' is not installed")
@@ -59,7 +60,8 @@ def hooked_loss(model, chunks, module, change):
 
 def run(model, reconstruct, chunks, mean=None, module=MODULE, **options):
     mean = torch.full((D,), 0.1) if mean is None else mean
-    return loss_recovered(model, module, reconstruct, chunks, mean, **{"batch_size": 4, "progress": False, **options})
+    result = loss_recovered(model, module, reconstruct, chunks, mean, **{"batch_size": 4, "progress": False, **options})
+    return {**result["loss"], "kl": result["kl"], "passed_through": result["passed_through"]}
 
 
 def test_identity_gives_the_original_loss(model, chunks):
@@ -67,7 +69,7 @@ def test_identity_gives_the_original_loss(model, chunks):
     assert result["patched"] == result["original"] and result["loss_recovered"] == 1.0
     assert result["original"] == pytest.approx(hooked_loss(model, chunks, MODULE, lambda h: h), rel=1e-6)
     assert result["tokens"] == 10 * 15
-    assert result["passed_through"] == {"first_positions": 20, "norm_outliers": 0}
+    assert result["passed_through"] == {"first_positions": 20, "norm_outliers": 0, "special": 0}
 
 
 def test_the_mean_gives_the_mean_ablated_loss(model, chunks):
@@ -111,6 +113,144 @@ def test_patching_equals_plain_hook_runs(make, skip, chunks):
 def test_any_module_can_be_patched(model, chunks, module):
     result = run(model, lambda x: x * 0.5, chunks, module=module, skip_positions=0, outlier_factor=None)
     assert result["patched"] == pytest.approx(hooked_loss(model, chunks, module, lambda h: h * 0.5), rel=1e-5)
+
+
+def rewritten(output, change):
+    return (change(output[0].clone()), *output[1:]) if isinstance(output, tuple) else change(output.clone())
+
+
+def hooked_logits(model, ids, changes, mask=None):
+    """Logits with the outputs, or inputs, of some modules rewritten: ``{site: function}``; one plain pass."""
+    handles = []
+    for site, change in changes.items():
+        module = model.get_submodule(site.removesuffix(":in"))
+        if site.endswith(":in"):
+            handles.append(module.register_forward_pre_hook(lambda _m, args, f=change: (f(args[0].clone()), *args[1:])))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _a, out, f=change: rewritten(out, f)))
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask).logits.double()
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def divergence(original, other, counted):
+    p, q = original[:, :-1].log_softmax(-1), other[:, :-1].log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1)[counted].mean())
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("place", ["1:in", "1.mlp:in", "1"])
+def test_kl_and_sites_that_are_inputs(make, place, chunks):
+    model = make()
+    site = ("model.layers." if make is llama else "transformer.h.") + place
+    mean = torch.linspace(-1, 1, D)
+    ids = torch.from_numpy(chunks.astype(np.int64))
+
+    def halve(hidden):
+        hidden[:, 2:] = hidden[:, 2:] * 0.5
+        return hidden
+
+    def ablate(hidden):
+        hidden[:, 2:] = mean
+        return hidden
+
+    result = run(model, lambda x: x * 0.5, chunks, mean, module=site, outlier_factor=None)
+    everywhere = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+    original = hooked_logits(model, ids, {})
+    for name, change in (("patched", halve), ("mean_ablated", ablate)):
+        logits = hooked_logits(model, ids, {site: change})
+        assert result["kl"][name] == pytest.approx(divergence(original, logits, everywhere), rel=1e-4)
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert result[name] == pytest.approx(float(loss), rel=1e-5)
+    assert result["kl"]["kl_recovered"] == 1 - result["kl"]["patched"] / result["kl"]["mean_ablated"] < 1
+
+
+def test_several_sites_are_given_their_part(model, chunks):
+    sites = ["model.layers.0.mlp", "model.layers.2.mlp:in"]
+    ids = torch.from_numpy(chunks.astype(np.int64))
+    scale = torch.cat([torch.full((D,), 0.5), torch.full((D,), -2.0)])
+    seen = []
+
+    def reconstruct(x):
+        seen.append(x)
+        return x * scale
+
+    result = run(model, reconstruct, chunks, torch.zeros(2 * D), module=sites, skip_positions=0, outlier_factor=None)
+    rows = {}
+    original = hooked_logits(model, ids, {site: lambda h, site=site: rows.setdefault(site, h) for site in sites})
+    torch.testing.assert_close(torch.cat(seen), torch.cat([rows[site].flatten(0, 1) for site in sites], -1))
+    # Each site's rows are those of the original pass, also behind the first one.
+    changes = {sites[0]: lambda h: h * 0.5, sites[1]: lambda h: rows[sites[1]] * -2.0}
+    logits = hooked_logits(model, ids, changes)
+    everywhere = torch.ones(10, 15, dtype=torch.bool)
+    assert result["kl"]["patched"] == pytest.approx(divergence(original, logits, everywhere), rel=1e-4)
+
+
+def test_padding_and_special_tokens_do_not_count(model, chunks):
+    lengths = np.array([16, 3, 9, 16, 2, 7, 16, 5, 16, 11], dtype=np.int32)
+    ids = chunks.copy()
+    ids[:, 0] = 63
+    for row, length in zip(ids, lengths, strict=True):
+        row[length:] = 62
+    ids[2, 4] = 63  # a special token within a chunk
+    padded = TokenChunks(ids, lengths, pad_id=62, special=(62, 63))
+    result = run(model, lambda x: x * 0.5, padded, skip_positions=1, outlier_factor=None, drop_special=True)
+    # The 63s that are there by chance besides position 0 and that one.
+    inner = [(r, c) for r in range(10) for c in range(1, lengths[r]) if ids[r, c] in (62, 63)]
+    assert result["passed_through"] == {"first_positions": 10, "norm_outliers": 0, "special": len(inner)}
+    assert result["tokens"] == lengths.sum() - 10 - len(inner)
+
+    total = dict.fromkeys(("original", "patched", "kl"), 0.0)
+    for row, length in zip(ids, lengths, strict=True):
+        one = torch.from_numpy(row[None, :length].astype(np.int64))
+        special = torch.isin(one[0], torch.tensor([62, 63]))
+
+        def halve(hidden, special=special):
+            hidden[:, ~special] *= 0.5
+            return hidden
+
+        original, patched = hooked_logits(model, one, {}), hooked_logits(model, one, {MODULE: halve})
+        counted = ~special[None, 1:]
+        for name, logits in (("original", original), ("patched", patched)):
+            total[name] += float(
+                torch.nn.functional.cross_entropy(logits[:, :-1][counted], one[:, 1:][counted], reduction="sum")
+            )
+        if counted.any():
+            total["kl"] += divergence(original, patched, counted) * int(counted.sum())
+    for name in ("original", "patched"):
+        assert result[name] == pytest.approx(total[name] / result["tokens"], rel=1e-5), name
+    assert result["kl"]["patched"] == pytest.approx(total["kl"] / result["tokens"], rel=1e-4)
+
+
+def test_loss_metrics_merge():
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 9, (4, 6), generator=g)
+    logits = {name: torch.randn(4, 6, 9, generator=g) for name in LossMetrics.NAMES}
+    counted = torch.rand(4, 5, generator=g) > 0.3
+
+    def of(rows):
+        metrics = LossMetrics()
+        for name, value in logits.items():
+            metrics.update(name, value[rows], logits["original"][rows], ids[rows], counted[rows])
+        return metrics
+
+    whole, merged = of(slice(0, 4)).result(), of(slice(0, 1)).merge(of(slice(1, 4))).result()
+    assert whole["loss"] == pytest.approx(merged["loss"], rel=1e-12) and whole["loss"]["tokens"] == int(counted.sum())
+    assert whole["kl"] == pytest.approx(merged["kl"], rel=1e-12)
+    with pytest.raises(ValueError, match="no prediction was counted"):
+        LossMetrics().result()
+
+
+def test_an_encoder_has_no_loss(chunks):
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=D, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    for kind in (transformers.BertModel, transformers.BertForMaskedLM):
+        model = kind(config).eval()
+        with pytest.raises(ValueError, match=f"model: {kind.__name__} is no causal language model, so there is no los"):
+            run(model, lambda x: x, chunks, module="encoder.layer.0")
 
 
 def test_outliers_pass_through_and_are_counted(chunks):

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a dictionary: reconstruction, what it does to the language model's loss, and what its latents respond to."""
 
-from .language import logit_effects, loss_recovered
+from .language import LossMetrics, logit_effects, loss_recovered, no_next_token
 from .metrics import ReconstructionMetrics, measure
 from .passages import choose_latents, token_strings, top_passages, write_features
 from .report import RunDirError, write_report
 
 __all__ = [
+    "LossMetrics",
     "ReconstructionMetrics",
     "RunDirError",
     "choose_latents",
     "logit_effects",
     "loss_recovered",
     "measure",
+    "no_next_token",
     "token_strings",
     "top_passages",
     "write_features",

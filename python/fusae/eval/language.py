@@ -1,101 +1,189 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reconstruction does to the language model: loss recovered, and the tokens a decoder row promotes."""
+"""What a reconstruction does to the language model: loss recovered, and KL, and the tokens a decoder row promotes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..data import hooks
 from ..data.progress import token_progress
+from .patching import Patcher
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+class LossMetrics:
+    """Cross-entropy and KL divergence of a model with something else in place of its activations.
+
+    Sums in float64 over next-token predictions; batches add up, and two objects merge, in any order. All values are in
+    nats a token:
+
+    ===================  ==============================================================================================
+    ``loss``             ``original``, ``patched``, ``mean_ablated``: cross-entropy; ``loss_recovered``: (mean_ablated −
+                         patched) / (mean_ablated − original), 1 for a perfect reconstruction, NaN if ablation changes
+                         nothing; ``tokens``: predictions counted
+    ``kl``               ``patched``, ``mean_ablated``: mean of KL(original ‖ that) over the same predictions;
+                         ``kl_recovered``: 1 − patched / mean_ablated, NaN if ablation changes nothing
+    ===================  ==============================================================================================
+
+    Equivalent to, for one chunk (logits ``[ctx, vocabulary]``)::
+
+        loss = cross_entropy(logits[:-1], ids[1:])
+        kl = (original[:-1].softmax(-1) * (original[:-1].log_softmax(-1) - logits[:-1].log_softmax(-1))).sum(-1).mean()
+    """
+
+    NAMES = ("original", "patched", "mean_ablated")
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._loss = dict.fromkeys(self.NAMES, 0.0)
+        self._kl = dict.fromkeys(self.NAMES[1:], 0.0)
+
+    def update(self, name: str, logits: Tensor, original: Tensor, targets: Tensor, counted: Tensor) -> LossMetrics:
+        """Add one of the three (`NAMES`) of a batch; `original` first, as the one that counts the tokens.
+
+        Args:
+            logits, original: ``[batch, ctx, vocabulary]``.
+            targets: ids ``[batch, ctx]``.
+            counted: bool ``[batch, ctx - 1]``: which predictions (at position t, of the token at t + 1) count.
+        """
+        # One chunk at a time: logits in fp32 are the largest tensors here.
+        for row, reference, ids, use in zip(logits, original, targets, counted, strict=True):
+            log_q = row[:-1][use].float().log_softmax(-1)
+            losses = -log_q.gather(1, ids[1:][use][:, None])
+            self._loss[name] += float(losses.double().sum())
+            if name != "original":
+                log_p = reference[:-1][use].float().log_softmax(-1)
+                self._kl[name] += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+        if name == "original":
+            self.tokens += int(counted.sum())
+        return self
+
+    def merge(self, other: LossMetrics) -> LossMetrics:
+        """Add what `other` has seen, as if its batches had come here; returns self."""
+        self.tokens += other.tokens
+        for mine, theirs in ((self._loss, other._loss), (self._kl, other._kl)):
+            for name, value in theirs.items():
+                mine[name] += value
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """``{"loss", "kl"}``, plain numbers (JSON but for NaN). Raises `ValueError` if no prediction was counted."""
+        if not self.tokens:
+            raise ValueError("no prediction was counted: call update() first, with chunks of at least 2 tokens")
+        loss = {name: value / self.tokens for name, value in self._loss.items()}
+        gap = loss["mean_ablated"] - loss["original"]
+        loss["loss_recovered"] = (loss["mean_ablated"] - loss["patched"]) / gap if gap != 0 else float("nan")
+        kl = {name: value / self.tokens for name, value in self._kl.items()}
+        kl["kl_recovered"] = 1 - kl["patched"] / kl["mean_ablated"] if kl["mean_ablated"] > 0 else float("nan")
+        return {"loss": {**loss, "tokens": self.tokens}, "kl": kl}
+
+
 def loss_recovered(
     model: nn.Module,
-    module: str,
+    module: str | Sequence[str],
     reconstruct: Callable[[Tensor], Tensor],
-    chunks: np.ndarray | Tensor,
+    chunks: Any,
     mean: Tensor,
     *,
     batch_size: int = 8,
     skip_positions: int = 2,
     outlier_factor: float | None = 10.0,
     norm_limit: float | None = None,
+    drop_special: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Next-token cross-entropy of `model` with a reconstruction in place of a module's output.
+    """Next-token cross-entropy and KL divergence of `model` with a reconstruction in place of a module's activations.
 
-    Three passes over `chunks`: original; each row x of the output of `module` replaced by ``reconstruct(x)``; each row
-    replaced by `mean`. The first `skip_positions` positions of a chunk and rows whose norm exceeds the limit
-    (attention sinks, which the dictionary was not trained on) keep their value in all three. The loss is over all
-    next-token predictions. Blocks before `module` are computed once.
+    Three passes over `chunks`: original; each row x at `module` replaced by ``reconstruct(x)``; each row replaced by
+    `mean`. Rows that the dictionary was not trained on keep their value in all three: the first `skip_positions`
+    positions of a chunk, special tokens (with `drop_special`), and rows whose norm exceeds the limit (attention sinks).
+    The averages are over all next-token predictions, but for those of padding and of special tokens. Blocks before
+    `module` are computed once.
 
     Args:
         model: a causal LM of `transformers` (called with ids ``[batch, ctx]``, returns ``.logits``).
-        module: e.g. ``"model.layers.11"``.
+        module: a site, e.g. ``"model.layers.11"`` (a module's output) or ``"model.layers.11.mlp:in"`` (its input), or
+            several, whose rows are joined; each is given its part of the reconstruction.
         reconstruct: maps rows ``[n, d]`` of the model's dtype to ``[n, d]``.
-        chunks: held-out token ids ``[chunks, ctx]``.
-        mean: ``[d]``, mean activation, e.g. ``Activations.mean()`` of the training rows.
+        chunks: held-out `fusae.data.TokenChunks`, or token ids ``[chunks, ctx]``.
+        mean: ``[d]``, mean activation, e.g. ``ReconstructionMetrics.mean()`` of the held-out rows.
         norm_limit: as `Activations.norm_limit`. None: `outlier_factor` times the median norm of the first batch.
         outlier_factor: used without `norm_limit`; None lets every norm through to the dictionary.
 
     Returns:
-        ``original``, ``patched``, ``mean_ablated``: nats per token; ``loss_recovered``: (mean_ablated − patched) /
-        (mean_ablated − original), 1 for a perfect reconstruction, NaN if ablation changes nothing; ``tokens``:
-        predictions counted; ``passed_through``: ``{"first_positions", "norm_outliers"}``, rows that were not replaced.
+        `LossMetrics.result`, and ``passed_through``: rows that were not replaced, ``{"first_positions",
+        "norm_outliers", "special"}``.
 
-    Raises `ValueError` or `TypeError` for a bad argument or if `reconstruct` returns another shape or a non-finite
-    value.
+    Raises `ValueError` or `TypeError` for a bad argument, a model without a language-model head, or if `reconstruct`
+    returns another shape or a non-finite value.
     """
+    if (reason := no_next_token(model)) is not None:
+        raise ValueError(f"model: {reason}, so there is no loss to measure")
     chunks = hooks.check_chunks(chunks, model)
-    hooks.check_row_options(chunks.shape[1], skip_positions, outlier_factor)
-    if chunks.shape[1] < 2:
+    ctx = chunks.shape[1]
+    hooks.check_row_options(ctx, skip_positions, outlier_factor)
+    if ctx < 2:
         raise ValueError("chunks must have at least 2 positions: there is no next token to predict")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
-    target = hooks.find_module(model, module)
-    before = _earlier_blocks(model, module)
+    patcher = Patcher(model, module)
     device = hooks.device_of(model)
-    loss = {"original": 0.0, "patched": 0.0, "mean_ablated": 0.0}
-    passed = {"first_positions": 0, "norm_outliers": 0}
-    total, ctx = chunks.shape
+    metrics = LossMetrics()
+    passed = {"first_positions": 0, "norm_outliers": 0, "special": 0}
     first_batch = True
     with token_progress(progress) as bar, hooks.evaluating(model):
-        task = bar.add_task("loss recovered", total=total * ctx)
-        for start in range(0, total, batch_size):
-            ids = hooks.ids_of(chunks, start, min(start + batch_size, total), device)
-            with _recorded([*before, target]) as outputs:
-                loss["original"] += _loss_sum(model, ids)
-            if target not in outputs:
-                raise ValueError(f"module: {module!r} took no part in the forward pass of {type(model).__name__}")
-            hidden = hooks.hidden_of(outputs[target], ids)
+        task = bar.add_task("loss recovered", total=chunks.tokens)
+        for index in chunks.batches(batch_size):
+            ids, mask = hooks.batch_of(chunks, index, device)
+            in_use = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+            special = hooks.is_special(ids, chunks.special) & in_use
+            with patcher.recording(ids) as parts:
+                original = _logits(model, ids, mask)
+            hidden = torch.cat(parts, -1)
             if mean.shape != hidden.shape[-1:]:
                 raise ValueError(f"mean must have shape [{hidden.shape[-1]}], got {list(mean.shape)}")
             if first_batch and norm_limit is None:
-                norm_limit = hooks.norm_limit_of(hidden, skip_positions, outlier_factor)
+                norm_limit = hooks.norm_limit_of(hidden, skip_positions, outlier_factor, mask)
             first_batch = False
-            use = hooks.rows_to_use(hidden, skip_positions, norm_limit)
-            passed["first_positions"] += ids.shape[0] * skip_positions
-            passed["norm_outliers"] += int((~use[:, skip_positions:]).sum())
+            wanted = hooks.rows_to_use(hidden, skip_positions, None, mask)
+            passed["first_positions"] += int(in_use[:, :skip_positions].sum())
+            if drop_special:
+                passed["special"] += int((wanted & special).sum())
+                wanted &= ~special
+            use = wanted & hooks.rows_to_use(hidden, skip_positions, norm_limit, mask)
+            passed["norm_outliers"] += int((wanted & ~use).sum())
+            counted = in_use[:, 1:] & ~special[:, 1:]
+            metrics.update("original", original, original, ids, counted)
             for name, rows in (("patched", _reconstruct(reconstruct, hidden[use])), ("mean_ablated", mean.to(hidden))):
                 changed = hidden.clone()
                 changed[use] = rows
-                with _answering({**outputs, target: hooks.with_hidden(outputs[target], changed)}):
-                    loss[name] += _loss_sum(model, ids)
-            bar.update(task, advance=ids.numel())
-    tokens = total * (ctx - 1)
-    result: dict[str, Any] = {name: value / tokens for name, value in loss.items()}
-    gap = result["mean_ablated"] - result["original"]
-    result["loss_recovered"] = (result["mean_ablated"] - result["patched"]) / gap if gap != 0 else float("nan")
-    return {**result, "tokens": tokens, "passed_through": passed}
+                with patcher.replaced(changed):
+                    metrics.update(name, _logits(model, ids, mask), original, ids, counted)
+            bar.update(task, advance=int(in_use.sum()))
+    return {**metrics.result(), "passed_through": passed}
+
+
+def _logits(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
+    return model(ids, **hooks.forward_options(model, mask)).logits
+
+
+def no_next_token(model: nn.Module) -> str | None:
+    """Why a model predicts no next token, as an encoder does not; None for a causal LM, and for what cannot tell."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    name = type(model).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder"
+    if hasattr(model, "can_generate") and not model.can_generate():
+        return f"{name} is no causal language model"
+    return None
 
 
 def _reconstruct(reconstruct: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -106,51 +194,6 @@ def _reconstruct(reconstruct: Callable[[Tensor], Tensor], rows: Tensor) -> Tenso
     if not bool(result.isfinite().all()):
         raise ValueError("reconstruct returned NaN or infinite values")
     return result.to(rows)
-
-
-def _loss_sum(model: nn.Module, ids: Tensor) -> float:
-    """Sum of −log p(next token) over a batch ``[batch, ctx]``, summed in float64."""
-    logits = model(ids, **hooks.forward_options(model)).logits
-    total = 0.0
-    for row, chunk in zip(logits, ids, strict=True):  # one chunk at a time: logits in fp32 are the largest tensors here
-        each = nn.functional.cross_entropy(row[:-1].float(), chunk[1:], reduction="none")
-        total += float(each.double().sum())
-    return total
-
-
-def _earlier_blocks(model: nn.Module, name: str) -> list[nn.Module]:
-    """The siblings before a block of a stack (`nn.ModuleList`), which need not run again; none for other modules."""
-    parent_name, _, last = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    return list(parent)[: int(last)] if isinstance(parent, nn.ModuleList) else []
-
-
-@contextmanager
-def _recorded(modules: list[nn.Module]) -> Iterator[dict[nn.Module, Any]]:
-    """The output of each of `modules` in the forward pass inside."""
-    outputs: dict[nn.Module, Any] = {}
-    handles = [m.register_forward_hook(lambda m, _args, output: outputs.__setitem__(m, output)) for m in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _answering(outputs: dict[nn.Module, Any]) -> Iterator[None]:
-    """Inside, each of these modules returns the given output instead of computing."""
-    had = {module: module.__dict__.get("forward") for module in outputs}
-    try:
-        for module, output in outputs.items():
-            module.forward = lambda *_args, _output=output, **_kwargs: _output
-        yield
-    finally:
-        for module, forward in had.items():
-            if forward is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = forward
 
 
 # --- logit effects ---------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data import TokenChunks
 from ..data.progress import token_progress
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def choose_latents(
 
 def top_passages(
     activations: Activations,
-    chunks: np.ndarray,
+    chunks: TokenChunks | np.ndarray,
     encode: Callable[[Tensor], Codes],
     latents: Sequence[int],
     tokenizer: Tokenizer,
@@ -77,7 +78,7 @@ def top_passages(
 
     Args:
         activations: rows to look at (`fusae.data.collect`), of `chunks`.
-        chunks: token ids ``[chunks, ctx]`` that `activations` was collected from.
+        chunks: `TokenChunks` or token ids ``[chunks, ctx]`` that `activations` was collected from.
         encode: maps rows ``[n, d]`` (fp32) to codes (`values`, `indices`, and `offsets` if ragged).
         latents: which ones.
         passages: how many to keep for each.
@@ -98,8 +99,9 @@ def top_passages(
         raise ValueError(f"effects must have one entry for each of the {len(latents)} latents, got {len(effects)}")
     if min(passages, batch_chunks) < 1 or min(before, after) < 0:
         raise ValueError("passages and batch_chunks must be at least 1, before and after at least 0")
+    chunks = TokenChunks.of(chunks)
     expected = (activations.meta["inputs"]["chunks"], activations.meta["inputs"]["ctx"])
-    if tuple(chunks.shape) != expected:
+    if chunks.shape != expected:
         raise ValueError(f"chunks must be those of the activations, {list(expected)}, got {list(chunks.shape)}")
 
     best: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in latents]
@@ -135,7 +137,7 @@ def top_passages(
         }
         if effects is not None:
             feature |= {name: list(effects[column][name]) for name in ("promoted", "suppressed")}
-        feature["passages"] = [_passage(tokenizer, chunks[chunk], row, before, after) for _, chunk, row in kept]
+        feature["passages"] = [_passage(tokenizer, chunks.row(chunk), row, before, after) for _, chunk, row in kept]
         features.append(feature)
     return features
 
