@@ -10,7 +10,7 @@ else
   PY   := $(PYTHON)
   ENV  := $(VENV)/.given
 endif
-EXTRAS := test,lm,report
+EXTRAS := test,lm,text,report
 RUN    ?= runs/demo
 DEVICE ?= here
 

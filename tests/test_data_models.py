@@ -170,7 +170,7 @@ def test_demo_model_speaks_english():
     ids = loaded.tokenizer.encode("The capital of Germany is").ids
     assert ids == [504, 3575, 282, 4521, 314]
     _, held_out = split_documents(iter_documents(demo.news))
-    chunks = torch.from_numpy(tokenize(held_out, loaded.tokenizer, limit=3).astype(np.int64))
+    chunks = torch.from_numpy(tokenize(held_out, loaded.tokenizer, limit=3).ids.astype(np.int64))
     assert chunks.shape == (3, 128) and (chunks[:, 0] == 0).all()
     with torch.inference_mode():
         assert loaded.tokenizer.decode([int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())]) == " Berlin"

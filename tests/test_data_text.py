@@ -87,22 +87,22 @@ def test_split_depends_on_the_document_alone():
 
 def test_chunks_start_with_the_separator_and_never_mix_documents(tokenizer):
     chunks = tokenize([_words(0, 20), _words(7, 3), _words(30, 9)], tokenizer, ctx=8)
-    assert chunks.dtype == np.uint16
+    assert chunks.ids.dtype == np.uint16
     # 20 words give 2 pieces of 7, 3 words give none, 9 words give 1
     words = [[f"w{i % 50}" for i in range(start, start + 7)] for start in (0, 7, 30)]
-    assert chunks.tolist() == [[0, *(tokenizer.token_to_id(w) for w in piece)] for piece in words]
+    assert chunks.ids.tolist() == [[0, *(tokenizer.token_to_id(w) for w in piece)] for piece in words]
     plain = tokenize([_words(0, 20)], tokenizer, ctx=10, separator=None)
-    assert plain.shape == (2, 10) and plain[0, 0] == tokenizer.token_to_id("w0")
+    assert plain.shape == (2, 10) and plain.ids[0, 0] == tokenizer.token_to_id("w0")
 
 
 def test_limit_and_large_vocabulary(tokenizer):
     documents = [_words(i, 30) for i in range(200)]
     everything = tokenize(documents, tokenizer, ctx=8)
     assert everything.shape == (800, 8)
-    np.testing.assert_array_equal(tokenize(documents, tokenizer, ctx=8, limit=37), everything[:37])
+    np.testing.assert_array_equal(tokenize(documents, tokenizer, ctx=8, limit=37).ids, everything.ids[:37])
     tokenizer.add_tokens([f"extra{i}" for i in range(1 << 16)])
     wide = tokenize(documents[:1] + ["extra65000 " * 7], tokenizer, ctx=8)
-    assert wide.dtype == np.int32 and wide[-1, 1] > 65000
+    assert wide.ids.dtype == np.int32 and wide.ids[-1, 1] > 65000
 
 
 def test_tokenize_errors(tokenizer):

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from torch import Tensor, nn
 from . import hooks
 from .activations import FORMAT, META, POSITIONS, ROWS, Activations, file_sha256, read_meta
 from .progress import token_progress
+from .tokens import TokenChunks
 
 _SAVE_EVERY_S = 5.0
 
 
 def collect(
     model: nn.Module,
-    chunks: np.ndarray | Tensor,
-    module: str,
+    chunks: TokenChunks | np.ndarray | Tensor,
+    module: str | Sequence[str],
     path: str | Path,
     *,
     batch_size: int = 16,
@@ -46,8 +48,9 @@ def collect(
 
     Args:
         model: maps token ids ``[batch, ctx]``; a `transformers` model, or any module.
-        chunks: token ids ``[chunks, ctx]``, integers.
-        module: name of the submodule, e.g. ``"model.layers.11"``: the residual stream after 12 blocks of a Llama model.
+        chunks: `TokenChunks`, or token ids ``[chunks, ctx]``, integers.
+        module: one or several sites (`fusae.data.hooks.Sites`), e.g. ``"model.layers.11"``: the residual
+            stream after 12 blocks of a Llama model.
         batch_size: chunks a forward pass.
         skip_positions: so many first positions of each chunk are dropped. Position 0 always sees the same, and the
             first word after it is often an attention sink.
@@ -70,13 +73,13 @@ def collect(
         raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
     if dtype not in ("float16", "float32"):
         raise ValueError(f"dtype must be 'float16' or 'float32', got {dtype!r}")
-    target = hooks.find_module(model, module)
+    sites = hooks.Sites.find(model, module)
     inputs = {
         "model_sha256": model_sha256 or weights_sha256(model),
-        "chunks_sha256": hashlib.sha256(np.ascontiguousarray(chunks, dtype="<i8")).hexdigest(),
+        "chunks_sha256": chunks.sha256(),
         "chunks": chunks.shape[0],
         "ctx": chunks.shape[1],
-        "module": module,
+        "module": module if isinstance(module, str) else list(module),
         "skip_positions": skip_positions,
         "outlier_factor": outlier_factor,
         "dtype": dtype,
@@ -91,7 +94,7 @@ def collect(
                 raise
             writer = _Writer(path, inputs, source)
     with writer, hooks.evaluating(model):
-        _run(model, target, chunks, writer, batch_size, progress)
+        _run(model, sites, chunks, writer, batch_size, progress)
     return Activations(path, verify=False)  # the sums were taken from the files a moment ago
 
 
@@ -110,28 +113,31 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def _run(
-    model: nn.Module, target: nn.Module, chunks: np.ndarray, writer: _Writer, batch_size: int, progress: bool
+    model: nn.Module, sites: hooks.Sites, chunks: TokenChunks, writer: _Writer, batch_size: int, progress: bool
 ) -> None:
-    total, ctx = chunks.shape
+    total = len(chunks)
     skip, factor = writer.inputs["skip_positions"], writer.inputs["outlier_factor"]
     device = hooks.device_of(model)
     saved = time.monotonic()
     with token_progress(progress) as bar:
-        task = bar.add_task("activations", total=(total - writer.at.chunks) * ctx)
+        task = bar.add_task("activations", total=int(chunks.lengths[writer.at.chunks :].sum()))
         while writer.at.chunks < total:
             first, last = writer.at.chunks, min(writer.at.chunks + batch_size, total)
-            hidden = hooks.run_to(model, target, hooks.ids_of(chunks, first, last, device))
+            ids, mask = hooks.batch_of(chunks, slice(first, last), device)
+            hidden = hooks.run_to(model, sites, ids, mask)
             if writer.first_batch:
-                writer.begin(hidden.shape[-1], hooks.norm_limit_of(hidden, skip, factor))
-            use = hooks.rows_to_use(hidden, skip, writer.norm_limit)
+                writer.begin(hidden.shape[-1], hooks.norm_limit_of(hidden, skip, factor, mask))
+            use = hooks.rows_to_use(hidden, skip, writer.norm_limit, mask)
+            lengths = chunks.lengths[first:last]
+            skipped = int(np.minimum(lengths, skip).sum())
             writer.append(
                 hidden[use],
                 use.nonzero() + torch.tensor([first, 0], device=device),
                 chunks=last - first,
-                first_positions=(last - first) * skip,
-                norm_outliers=int((~use[:, skip:]).sum()),
+                first_positions=skipped,
+                norm_outliers=int(lengths.sum()) - skipped - int(use.sum()),
             )
-            bar.update(task, advance=(last - first) * ctx)
+            bar.update(task, advance=int(lengths.sum()))
             if time.monotonic() - saved > _SAVE_EVERY_S:
                 writer.save()
                 saved = time.monotonic()

@@ -14,6 +14,8 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
+from .tokens import TokenChunks
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -117,8 +119,8 @@ def tokenize(
     ctx: int = 128,
     separator: str | None = "<|endoftext|>",
     limit: int | None = None,
-) -> np.ndarray:
-    """Token chunks ``[chunks, ctx]``, uint16 where the vocabulary fits, else int32.
+) -> TokenChunks:
+    """`TokenChunks` ``[chunks, ctx]``, uint16 where the vocabulary fits, else int32.
 
     Each document is cut into pieces of ``ctx - 1`` tokens and `separator` is put before each, so position 0 of every
     chunk is the same token: models use the first position as an attention sink, and it is dropped later. A chunk never
@@ -153,7 +155,7 @@ def tokenize(
             break
     if not chunks:
         raise ValueError(f"documents: none of them has the {piece} tokens that one chunk of ctx {ctx} needs")
-    return np.stack(chunks[:limit])
+    return TokenChunks(np.stack(chunks[:limit]), np.full(len(chunks[:limit]), ctx, np.int32), 0, tuple(head))
 
 
 def _blocks(documents: Iterable[str], size: int) -> Iterator[list[str]]:

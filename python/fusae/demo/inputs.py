@@ -7,11 +7,10 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 from torch import nn
 
-from ..data import fetch_demo, iter_documents, load_model, split_documents, tokenize
+from ..data import TokenChunks, fetch_demo, iter_documents, load_model, split_documents, tokenize
 from .config import DemoConfig
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def load_inputs(cache_dir: str | Path | None = None, show: bool = True) -> DemoI
     )
 
 
-def chunks_for(inputs: DemoInputs, config: DemoConfig) -> tuple[np.ndarray, np.ndarray]:
+def chunks_for(inputs: DemoInputs, config: DemoConfig) -> tuple[TokenChunks, TokenChunks]:
     """Token chunks ``[chunks, ctx]`` of the training part and of the held-out part, as many as `config` asks for.
 
     Raises `ValueError` where a part is too short.
@@ -69,7 +68,7 @@ def chunks_for(inputs: DemoInputs, config: DemoConfig) -> tuple[np.ndarray, np.n
     made = []
     for field, documents in (("tokens", inputs.train), ("held_out", inputs.held_out)):
         wanted = config.chunks(getattr(config, field))
-        chunks = tokenize(documents, inputs.tokenizer, ctx=config.ctx, limit=wanted)
+        chunks = tokenize(documents, inputs.tokenizer, ctx=config.ctx, separator="<|endoftext|>", limit=wanted)
         if len(chunks) < wanted:
             most = len(chunks) * (config.ctx - config.skip_positions)
             got = getattr(config, field)

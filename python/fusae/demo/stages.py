@@ -136,7 +136,7 @@ class _Demo:
 
     def collect(self, inputs: DemoInputs, chunks: Any, model_sum: str, part: str) -> Activations:
         key = hashlib.sha256(f"{model_sum} {inputs.module} {self.config.skip_positions}".encode())
-        key.update(chunks.tobytes())
+        key.update(chunks.sha256().encode())
         return collect(
             inputs.model,
             chunks,
