@@ -38,6 +38,11 @@ Codes codes_of(const CodesTuple& c, int64_t m, bool check) {
   return codes;
 }
 
+// One group where there are no prefixes.
+Nesting nesting_of(const std::vector<int64_t>& prefixes, bool by_rank) {
+  return {prefixes.data(), prefixes.empty() ? 1 : static_cast<int64_t>(prefixes.size()), by_rank};
+}
+
 void select_tile(uintptr_t tile, int dtype, int64_t stride, int64_t n, int64_t cols, int64_t first, uintptr_t bias,
                  uintptr_t norms, uintptr_t mask, bool magnitude, const State& main, const State& aux, int threads) {
   const SelectTileArgs args{ptr<void>(tile), static_cast<DType>(dtype), stride, n, cols, first,
@@ -72,19 +77,34 @@ void decode(const CodesTuple& codes, uintptr_t weight, uintptr_t bias, uintptr_t
                         static_cast<DType>(dtype), m, d, threads});
 }
 
-void by_latent(const CodesTuple& codes, int64_t m, uintptr_t start, uintptr_t order, uintptr_t row) {
+void decode_loss(const CodesTuple& codes, uintptr_t weight, uintptr_t bias, uintptr_t target, int target_dtype,
+                 const std::vector<int64_t>& prefixes, bool by_rank, const std::vector<float>& mix, uintptr_t sse,
+                 uintptr_t residual, uintptr_t mixed, uintptr_t dots, int dtype, int64_t m, int64_t d, int threads) {
   const py::gil_scoped_release release;
-  cpu::active().by_latent({codes_of(codes, m, true), m, ptr<int64_t>(start), ptr<int64_t>(order), ptr<int32_t>(row)});
+  cpu::active().decode_loss({codes_of(codes, m, true), ptr<void>(weight), ptr<void>(bias), ptr<void>(target),
+                             static_cast<DType>(target_dtype), nesting_of(prefixes, by_rank), mix.data(),
+                             ptr<float>(sse), ptr<void>(residual), ptr<void>(mixed), ptr<float>(dots),
+                             static_cast<DType>(dtype), m, d, threads});
+}
+
+void by_latent(const CodesTuple& codes, int64_t m, const std::vector<int64_t>& prefixes, bool by_rank, uintptr_t start,
+               uintptr_t order, uintptr_t row) {
+  const py::gil_scoped_release release;
+  const Codes checked = codes_of(codes, m, true);
+  const Nesting nesting = nesting_of(prefixes, by_rank);
+  check_rows_of_groups(checked.n, nesting.groups);
+  cpu::active().by_latent({checked, m, nesting, ptr<int64_t>(start), ptr<int64_t>(order), ptr<int32_t>(row)});
 }
 
 // `codes` were checked by by_latent.
 void latent_pass(const CodesTuple& codes, uintptr_t start, uintptr_t order, uintptr_t row, uintptr_t latents, int64_t u,
-                 uintptr_t rows, uintptr_t weight, int dtype, int64_t m, int64_t d, uintptr_t sum, uintptr_t dots,
-                 uintptr_t coef_sum, int threads) {
+                 uintptr_t rows, uintptr_t weight, double scale, int dtype, int64_t m, int64_t d, uintptr_t sum,
+                 uintptr_t dots, uintptr_t coef_sum, int threads) {
   const py::gil_scoped_release release;
   cpu::active().latent_pass({codes_of(codes, m, false), ptr<int64_t>(start), ptr<int64_t>(order), ptr<int32_t>(row),
-                             ptr<int64_t>(latents), u, ptr<void>(rows), ptr<void>(weight), static_cast<DType>(dtype), m,
-                             d, ptr<void>(sum), ptr<void>(dots), ptr<void>(coef_sum), threads});
+                             ptr<int64_t>(latents), u, ptr<void>(rows), ptr<void>(weight), static_cast<float>(scale),
+                             static_cast<DType>(dtype), m, d, ptr<void>(sum), ptr<void>(dots), ptr<void>(coef_sum),
+                             threads});
 }
 
 void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t grad, uintptr_t rows, int dtype,
@@ -118,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_finish", &select_finish);
   m.def("encode_select", &encode_select);
   m.def("decode", &decode);
+  m.def("decode_loss", &decode_loss);
   m.def("by_latent", &by_latent);
   m.def("latent_pass", &latent_pass);
   m.def("adam_rows", &adam_rows);

@@ -2,16 +2,6 @@
 // One Adam step of latent rows: a single pass over parameter and moments, the gradient read once.
 
 template <class T>
-inline float dot_rows(const T* a, const T* b, int64_t d) {
-  V s = zero();
-  int64_t j = 0;
-  for (; j + N <= d; j += N) s = fma(load(a + j), load(b + j), s);
-  float tail = 0.0f;
-  for (; j < d; ++j) tail = __builtin_fmaf(get(a + j), get(b + j), tail);
-  return sum(s) + tail;
-}
-
-template <class T>
 inline void adam_row(const AdamRowsArgs& a, int64_t row, const T* g, float* updated) {
   T* w = static_cast<T*>(a.param) + row * a.d;
   float* mean = a.exp_avg + row * a.d;

@@ -46,20 +46,24 @@ inline void write_row(T* out, const float* acc, int64_t d) {
   for (; j < d; ++j) put(out + j, acc[j]);
 }
 
+// Entries of the longest of some rows of codes.
+inline int64_t widest_row(const Codes& codes, int64_t begin, int64_t end) {
+  if (!codes.offsets) return codes.width;
+  int64_t widest = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t width = codes.offsets[i + 1] - codes.offsets[i];
+    widest = width > widest ? width : widest;
+  }
+  return widest;
+}
+
 void decode(const DecodeArgs& a) {
   visit(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* weight = static_cast<const T*>(a.weight);
     const T* bias = static_cast<const T*>(a.bias);
     parallel_for(a.codes.n, 16, a.threads, [&](int64_t begin, int64_t end) {
-      int64_t widest = a.codes.width;
-      if (a.codes.offsets) {
-        widest = 0;
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t width = a.codes.offsets[i + 1] - a.codes.offsets[i];
-          widest = width > widest ? width : widest;
-        }
-      }
+      const int64_t widest = widest_row(a.codes, begin, end);
       Scratch<float> acc(a.d), coef(widest);
       Scratch<const T*> rows(widest + AHEAD);
       const int64_t used = a.codes.offsets ? a.codes.offsets[a.codes.n] : a.codes.n * a.codes.width;

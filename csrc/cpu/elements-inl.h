@@ -25,6 +25,16 @@ inline void put(void* p, DType t, int64_t i, float a) {
   }
 }
 
+template <class T>
+inline float dot_rows(const T* a, const T* b, int64_t d) {
+  V s = zero();
+  int64_t j = 0;
+  for (; j + N <= d; j += N) s = fma(load(a + j), load(b + j), s);
+  float tail = 0.0f;
+  for (; j < d; ++j) tail = __builtin_fmaf(get(a + j), get(b + j), tail);
+  return sum(s) + tail;
+}
+
 // Memory of a kernel or of one thread's share of it, aligned to cache lines: a vector that straddles two costs two reads.
 template <class T>
 struct Scratch {

@@ -1,180 +1,70 @@
 // SPDX-License-Identifier: Apache-2.0
-// GEMM with the selection in its epilogue: a tile of products is compared with its rows' thresholds while it is still in
-// registers, so that no pre-activation that fails is ever stored.
-//
-// Both operands are packed k-major in float: x in panels of MR rows, W in panels of NR latents. A slab of latents is
-// packed by all threads, then every thread takes groups of rows through it. Latents reach a row in ascending order, and a
-// product is always the same chain of sums over d, so nothing depends on threads or grouping.
+// What `encode_topk` does with the products: the k best of every row, or the best of every group of latents.
 
-#if defined(__AVX512F__)
-constexpr int MR = 14;  // 14 x 2 vectors of sums, 2 of W, 1 of x: 31 of the 32 registers
-#elif defined(__AVX2__)
-constexpr int MR = 6;   // 12 + 2 + 1 of 16
-#else
-constexpr int MR = 2;
-#endif
-constexpr int64_t NR = 2 * N;
-constexpr int64_t SLAB = 2048;  // latents packed together: a multiple of BLOCK
-// A wider d is cut into equal parts of at most this, which are added up through memory: chains of sums stay short, so that
-// the rounding error stays that of a blocked library GEMM, and a panel of W stays in the inner cache.
-constexpr int64_t DEPTH = 192;
-constexpr int64_t GROUP = 224 / MR;  // panels of rows that pass a panel of W one after the other
-
-// Packs `count` rows of src (row r at src + r * stride, column j at + j * step) as dst[j * width + r], zero rows up to width.
-template <class T>
-inline void pack(float* dst, const T* src, int64_t stride, int64_t step, int64_t count, int64_t width, int64_t d) {
-  int64_t j = 0;
-  if (step == 1) {
-    // Stores are whole vectors; the last must end inside the panel, as another thread may have packed the next one already.
-    for (const int64_t reach = (width + N - 1) / N * N; (j + N - 1) * width + reach <= d * width; j += N) {
-      for (int64_t first = 0; first < width; first += N) {
-        V block[N];
-        for (int64_t r = 0; r < N; ++r) block[r] = first + r < count ? load(src + (first + r) * stride + j) : zero();
-        transpose(block);
-        // Where width is no multiple of N, a store runs into the next columns, which are written after it.
-        for (int64_t c = 0; c < N; ++c) store(dst + (j + c) * width + first, block[c]);
-      }
-    }
+struct TopkSink {
+  const Products& a;
+  const SelectState& s;
+  const float* limits = nullptr;
+  struct Local {
+    Local(const TopkSink& sink, int64_t) : keys(2 * sink.s.cap) {}
+    Scratch<uint64_t> keys;
+  };
+  int64_t slab(int64_t) const { return SLAB; }
+  void before(Local& local, int64_t row, int64_t) {
+    if (s.count[row] + BLOCK + N > s.cap) cut(s, row, a.norms, a.magnitude, local.keys.data);
   }
-  for (; j < d; ++j) {
-    for (int64_t r = 0; r < width; ++r) dst[j * width + r] = r < count ? get(src + r * stride + j * step) : 0.0f;
+  void take(Local&, int64_t row, int64_t, V pre, V score, uint32_t valid, int64_t first, V) {
+    admit(s, row, pre, not_le(score, set1(s.threshold[row])) & valid, first);
   }
-}
-
-// Products of one panel of rows and one panel of latents over `depth` columns, left in registers.
-inline void multiply(V (&c)[MR][2], const float* x, const float* w, int64_t depth) {
-  for (int i = 0; i < MR; ++i) c[i][0] = c[i][1] = zero();
-  for (int64_t j = 0; j < depth; ++j) {
-    const V w0 = load(w), w1 = load(w + N);
-    __builtin_prefetch(w + 8 * NR);
-    __builtin_prefetch(w + 8 * NR + N);
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i) {
-      const V xi = set1(x[i]);
-      c[i][0] = fma(xi, w0, c[i][0]);
-      c[i][1] = fma(xi, w1, c[i][1]);
-    }
-    x += MR;
-    w += NR;
-  }
-}
-
-// One panel of latents as the epilogue needs it.
-struct Columns {
-  int64_t first;
-  uint32_t valid, masked;  // bits of the latents that exist, and of those that `aux` may select
-  const float *bias, *norms;
-  bool magnitude;
+  void after(Local&, int64_t, int64_t) {}
+  void slab_done() {}
 };
 
-inline void admit(const SelectState& s, int64_t row, V v, uint32_t bits, int64_t first) {
-  if (!bits) return;
-  const int64_t at = row * s.cap + s.count[row];
-  append(s.pre + at, s.idx + at, v, static_cast<int32_t>(first), bits);
-  s.count[row] += __builtin_popcount(bits);
+void encode_topk(const Products& a, const SelectState& main) {
+  TopkSink sink{a, main};
+  stream_products(a, sink);
 }
 
-inline void select_products(const V (&c)[MR][2], const Columns& p, const SelectState& main, const SelectState& aux,
-                            int64_t first_row, int64_t rows) {
-  for (int half = 0; half < 2; ++half) {
-    const V bias = p.bias ? load(p.bias + half * N) : zero();
-    const V norms = p.norms ? load(p.norms + half * N) : zero();
-    const int64_t first = p.first + half * N;
-    const uint32_t lanes = (uint32_t{1} << N) - 1, valid = (p.valid >> (half * N)) & lanes;
-    const uint32_t masked = (p.masked >> (half * N)) & lanes;
-#pragma GCC unroll 14
-    for (int i = 0; i < MR; ++i) {
-      if (i >= rows) break;
-      const int64_t row = first_row + i;
-      const V v = p.bias ? add(c[i][half], bias) : c[i][half];
-      V score = p.magnitude ? magnitude_of(v) : v;
-      if (p.norms) score = mul(score, norms);
-      admit(main, row, v, not_le(score, set1(main.threshold[row])) & valid, first);
-      if (masked) admit(aux, row, v, not_le(score, set1(aux.threshold[row])) & masked, first);
+// The best latent of every group so far. idx < 0: none yet.
+struct GroupSink {
+  const GroupState& s;
+  const float* norms;
+  const float* limits = nullptr;
+  struct Local {
+    Local(const GroupSink&, int64_t) {}
+  };
+  int64_t slab(int64_t) const { return SLAB; }
+  void before(Local&, int64_t, int64_t) {}
+  void after(Local&, int64_t, int64_t) {}
+  void slab_done() {}
+  void take(Local&, int64_t row, int64_t, V pre, V score, uint32_t valid, int64_t first, V) {
+    const int64_t group = first / s.size, at = row * s.k + group;
+    if ((first + N - 1) / s.size == group && s.idx[at] >= 0) {  // NaN in hand: nothing passes but NaN, which loses below
+      const float best = score_of(s.pre[at], s.idx[at], norms, false);
+      valid &= not_le(score, set1(best != best ? __builtin_inff() : best));
+    }
+    if (!valid) return;
+    float values[N];
+    store(values, pre);
+    for (; valid; valid &= valid - 1) {
+      const int lane = __builtin_ctz(valid);
+      const int32_t latent = static_cast<int32_t>(first + lane);
+      const int64_t place = row * s.k + latent / s.size;
+      if (s.idx[place] >= 0 && key_of(score_of(values[lane], latent, norms, false), latent) <
+                                   key_of(score_of(s.pre[place], s.idx[place], norms, false), s.idx[place]))
+        continue;
+      s.pre[place] = values[lane];
+      s.idx[place] = latent;
     }
   }
+};
+
+void encode_group_max(const Products& a, const GroupState& s) {
+  GroupSink sink{s, a.norms};
+  stream_products(a, sink);
 }
 
-// What one thread does: panels [begin, end) of rows through the packed slab. `sums` holds the products of a group of rows
-// with one block of latents while they are incomplete.
-inline void select_rows(const EncodeSelectArgs& a, const float* x, const float* w, const Columns* columns,
-                        int64_t panels, int64_t begin, int64_t end, uint64_t* keys, float* sums) {
-  constexpr int64_t PER_BLOCK = BLOCK / NR;
-  const int64_t parts = (a.d + DEPTH - 1) / DEPTH;
-  for (int64_t b = 0; b < panels; b += PER_BLOCK) {
-    const int64_t last = b + PER_BLOCK < panels ? b + PER_BLOCK : panels;
-    for (int64_t row = begin * MR; row < end * MR && row < a.n; ++row) {
-      if (a.main.count[row] + BLOCK + N > a.main.cap) cut(a.main, row, a.norms, a.magnitude, keys);
-      if (a.aux.k && a.aux.count[row] + BLOCK + N > a.aux.cap) cut(a.aux, row, a.norms, a.magnitude, keys);
-    }
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t from = a.d * part / parts, depth = a.d * (part + 1) / parts - from;
-      float* sum = sums;
-      for (int64_t p = b; p < last; ++p) {
-        for (int64_t i = begin; i < end; ++i, sum += MR * NR) {
-          V c[MR][2];
-          multiply(c, x + (i * a.d + from) * MR, w + (p * a.d + from) * NR, depth);
-          if (part > 0) {
-            for (int r = 0; r < 2 * MR; ++r) c[r / 2][r % 2] = add(load(sum + r * N), c[r / 2][r % 2]);
-          }
-          if (part + 1 < parts) {
-            for (int r = 0; r < 2 * MR; ++r) store(sum + r * N, c[r / 2][r % 2]);
-          } else {
-            select_products(c, columns[p], a.main, a.aux, i * MR, a.n - i * MR < MR ? a.n - i * MR : MR);
-          }
-        }
-      }
-    }
-  }
-}
-
-void encode_select(const EncodeSelectArgs& a) {
-  const int64_t row_panels = (a.n + MR - 1) / MR, slab = a.m < SLAB ? a.m : SLAB;
-  const int64_t cap = a.aux.k && a.aux.cap > a.main.cap ? a.aux.cap : a.main.cap;
-  Scratch<float> x(row_panels * MR * a.d), w((slab + NR) * a.d + 16 * NR), padded(2 * (SLAB + NR));
-  Scratch<Columns> columns(SLAB / NR + 1);
-  // Enough groups to even out the threads, enough rows in each to use a panel of W several times from the inner cache.
-  int64_t group = row_panels / (6 * static_cast<int64_t>(a.threads));
-  group = group < 1 ? 1 : (group > GROUP ? GROUP : group);
-  visit(a.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T *rows = static_cast<const T*>(a.x), *weight = static_cast<const T*>(a.weight);
-    parallel_for(row_panels, 1, a.threads, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t count = a.n - i * MR < MR ? a.n - i * MR : MR;
-        pack(x.data + i * MR * a.d, rows + i * MR * a.x_stride, a.x_stride, a.x_step, count, MR, a.d);
-      }
-    });
-    for (int64_t first = 0; first < a.m; first += SLAB) {
-      const int64_t latents = a.m - first < SLAB ? a.m - first : SLAB, panels = (latents + NR - 1) / NR;
-      parallel_for(panels, 1, a.threads, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) {
-          const int64_t latent = first + p * NR, count = a.m - latent < NR ? a.m - latent : NR;
-          pack(w.data + p * NR * a.d, weight + latent * a.w_stride, a.w_stride, a.w_step, count, NR, a.d);
-          Columns c{latent, 0, 0, nullptr, nullptr, a.magnitude};
-          for (int64_t j = 0; j < count; ++j) {
-            c.valid |= uint32_t{1} << j;
-            if (a.aux.k && a.mask[latent + j]) c.masked |= uint32_t{1} << j;
-          }
-          float* pads[2] = {padded.data + p * NR, padded.data + SLAB + NR + p * NR};
-          const float* sources[2] = {a.bias, a.norms};
-          for (int s = 0; s < 2; ++s) {
-            for (int64_t j = 0; j < NR; ++j) pads[s][j] = sources[s] && j < count ? sources[s][latent + j] : 0.0f;
-          }
-          c.bias = a.bias ? pads[0] : nullptr;
-          c.norms = a.norms ? pads[1] : nullptr;
-          columns.data[p] = c;
-        }
-      });
-      parallel_for(row_panels, group, a.threads, [&](int64_t begin, int64_t end) {
-        Scratch<uint64_t> keys(2 * cap);
-        Scratch<float> sums(BLOCK * group * MR);
-        // With one thread everything comes in one call: keep to groups, for the cache.
-        for (int64_t g = begin; g < end; g += group) {
-          select_rows(a, x.data, w.data, columns.data, panels, g, g + group < end ? g + group : end, keys.data,
-                      sums.data);
-        }
-      });
-    }
-  });
+void tile_group_max(const ProductTile& a, const GroupState& s) {
+  GroupSink sink{s, a.norms};
+  stream_tile(a, sink);
 }

@@ -23,6 +23,7 @@ namespace {
 #include "cpu/topk-inl.h"
 #include "cpu/encode_topk-inl.h"
 #include "cpu/decode-inl.h"
+#include "cpu/decode_loss-inl.h"
 #include "cpu/latent_pass-inl.h"
 #include "cpu/adam_rows-inl.h"
 #include "cpu/fma_burst-inl.h"
@@ -30,7 +31,7 @@ namespace {
 
 extern const Table table;
 const Table table = {
-    FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, encode_select, decode, by_latent, latent_pass, adam_rows,
+    FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, encode_select, decode, decode_loss, by_latent, latent_pass, adam_rows,
     fma_burst,
 };
 

@@ -15,7 +15,7 @@ void by_latent(const ByLatentArgs& a) {
     for (int64_t e = first; e < last; ++e) {
       const int64_t place = a.start[c.indices[e]]++;
       a.order[place] = e;
-      a.row[place] = static_cast<int32_t>(i);
+      a.row[place] = static_cast<int32_t>(i + c.n * group_of(a.nesting, c.indices[e], e - first));
     }
   }
   std::memmove(a.start + 1, a.start, static_cast<size_t>(a.m) * sizeof(int64_t));
@@ -98,7 +98,7 @@ inline void visit_latent(const LatentPassArgs& a, int64_t latent, int64_t out_ro
       } else {
         fused_rows<false>(s.acc.data, s.coef, s.rows, w, s.dots, count, a.d);
       }
-      for (int64_t e = 0; e < count; ++e) put(a.dots, a.codes.dtype, a.order[begin + e], s.dots[e]);
+      for (int64_t e = 0; e < count; ++e) put(a.dots, a.codes.dtype, a.order[begin + e], a.scale * s.dots[e]);
     }
     if (a.sum && !(a.dots && live == count)) {
       int64_t kept = 0;
@@ -110,7 +110,10 @@ inline void visit_latent(const LatentPassArgs& a, int64_t latent, int64_t out_ro
       add_rows(s.acc.data, s.coef, s.rows, kept, a.d);
     }
   }
-  if (a.sum) write_row(static_cast<T*>(a.sum) + out_row * a.d, s.acc.data, a.d);
+  if (a.sum) {
+    if (a.scale != 1.0f) mix_rows(s.acc.data, a.scale, nullptr, a.d);
+    write_row(static_cast<T*>(a.sum) + out_row * a.d, s.acc.data, a.d);
+  }
   if (a.coef_sum) put(static_cast<T*>(a.coef_sum) + latent, coef_sum);
 }
 

@@ -31,6 +31,13 @@ inline void check_codes(const Codes& c, int64_t storage, int64_t m) {
   }
 }
 
+// The sort by latent writes a row and its group as one int32.
+inline void check_rows_of_groups(int64_t n, int64_t groups) {
+  if (groups > 1 && n > INT32_MAX / groups)
+    throw std::out_of_range("rows times prefixes must be at most 2**31 - 1, got " + std::to_string(n) + " times " +
+                            std::to_string(groups) + "; split the batch");
+}
+
 // Rows of a row-sparse gradient: twice the same would be updated by two threads.
 inline void check_rows(const int64_t* rows, int64_t u, int64_t m) {
   for (int64_t i = 0; i < u; ++i) {

@@ -84,18 +84,45 @@ struct DecodeArgs {
   int32_t threads;
 };
 
+// Nested reconstructions: number g is of the entries in groups 0..g. An entry's group is the number of prefixes, the last
+// one left out, that are at most its latent, or with by_rank its place in the row.
+struct Nesting {
+  const int64_t* prefixes;  // [groups] ascending, or null where groups is 1
+  int64_t groups;
+  bool by_rank;
+};
+
+// residual[i] = target[i] - bias - Σ values[e] * weight[indices[e]], over the entries of row i in groups 0..g, for every g.
+struct DecodeLossArgs {
+  Codes codes;
+  const void* weight;  // [m, d]
+  const void* bias;    // [d] or null
+  const void* target;  // [n, d]
+  DType target_dtype;
+  Nesting nesting;
+  const float* mix;    // [groups] weights of the residuals; with one group it is 1
+  float* sse;          // [groups] Σ residual²
+  void* residual;      // [n, d] of all entries
+  void* mixed;         // [groups, n, d] or null: mixed[g] = Σ mix[h] * residual_h over h >= g
+  float* dots;         // mixed[group of e] · weight[indices[e]] of every stored entry, before rounding, or null
+  DType dtype;         // of weight, bias, residual, mixed
+  int64_t m, d;
+  int32_t threads;
+};
+
 // A stable counting sort of the stored entries by latent: entries of latent j are order[start[j] .. start[j+1]).
 struct ByLatentArgs {
   Codes codes;
   int64_t m;
+  Nesting nesting;
   int64_t* start;  // [m + 1]
   int64_t* order;  // [entries] position of the entry in the storage
-  int32_t* row;    // [entries] its row
+  int32_t* row;    // [entries] its row, plus n times its group
 };
 
 // One pass over the latents. For latent j and its entries e in row order:
-//   sum[j]  = Σ coef[e] * rows[row[e]]          (when sum is not null)
-//   dots[e] = rows[row[e]] · weight[j]          (when dots is not null; for every stored entry)
+//   sum[j]  = scale * Σ coef[e] * rows[row[e]]  (when sum is not null)
+//   dots[e] = scale * (rows[row[e]] · weight[j])  (when dots is not null; for every stored entry)
 //   coef_sum[j] = Σ coef[e]                     (when coef_sum is not null)
 // With `latents`, only those u latents are visited and sum has u rows.
 struct LatentPassArgs {
@@ -105,8 +132,9 @@ struct LatentPassArgs {
   const int32_t* row;
   const int64_t* latents;  // [u] or null: all m
   int64_t u;
-  const void* rows;        // [n, d]
+  const void* rows;        // [n, d]; with groups [groups, n, d]
   const void* weight;      // [m, d], for dots
+  float scale;
   DType dtype;             // of rows, weight, sum, coef_sum
   int64_t m, d;
   void* sum;
@@ -143,6 +171,7 @@ struct Table {
   void (*select_finish)(const SelectFinishArgs&);
   void (*encode_select)(const EncodeSelectArgs&);
   void (*decode)(const DecodeArgs&);
+  void (*decode_loss)(const DecodeLossArgs&);
   void (*by_latent)(const ByLatentArgs&);
   void (*latent_pass)(const LatentPassArgs&);
   void (*adam_rows)(const AdamRowsArgs&);

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .latents import decode_bwd, decode_fwd, encode_bwd
+from .latents import decode_bwd, decode_fwd, decode_loss_bwd, decode_loss_fwd, encode_bwd
 from .native import describe, fma_burst, force_isa, isas, set_isa, unavailable
 from .optimiser import adam_rows_
 from .selection import encode_topk_fwd, force_gemm, topk_bwd, topk_fwd

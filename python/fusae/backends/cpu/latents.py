@@ -28,10 +28,47 @@ def decode_fwd(
     return y
 
 
-class _ByLatent:
-    """The stored entries of codes sorted by latent, and passes over it."""
+def decode_loss_fwd(
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    b_dec: Tensor | None,
+    target: Tensor,
+    prefixes: list[int],
+    weights: list[float],
+    by_rank: bool,
+    need_mixed: bool,
+    need_dots: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    values, indices, W_dec, target = (t.contiguous() for t in (values, indices, W_dec, target))
+    offsets = None if offsets is None else offsets.contiguous()
+    b_dec = None if b_dec is None else b_dec.contiguous()
+    (m, d), groups, codes = W_dec.shape, len(prefixes), _codes(values, indices, offsets)
+    sse, residual = torch.empty(groups, dtype=torch.float32), W_dec.new_empty(codes[4], d)
+    mixed = W_dec.new_empty((groups, codes[4], d) if need_mixed and groups > 1 else 0)
+    # Storage past offsets[-1] is visited by no row.
+    dots = torch.zeros(values.shape if need_dots else 0, dtype=torch.float32)
+    _C.decode_loss(
+        codes, *map(ptr, (W_dec, b_dec, target)), DTYPES[target.dtype], prefixes, by_rank, weights,
+        *map(ptr, (sse, residual, mixed, dots)), DTYPES[W_dec.dtype], m, d, torch.get_num_threads(),
+    )  # fmt: skip
+    return sse, residual, mixed, dots
 
-    def __init__(self, coef: Tensor, indices: Tensor, offsets: Tensor | None, m: int) -> None:
+
+class _ByLatent:
+    """The stored entries of codes sorted by latent, and passes over it. With several prefixes, an entry's row is one of
+    ``[prefixes, n, d]``, that of its group."""
+
+    def __init__(
+        self,
+        coef: Tensor,
+        indices: Tensor,
+        offsets: Tensor | None,
+        m: int,
+        prefixes: list[int] | None = None,
+        by_rank: bool = False,
+    ) -> None:
         self.coef, self.indices = coef.contiguous(), indices.contiguous()
         self.offsets = None if offsets is None else offsets.contiguous()
         self.m = m
@@ -39,7 +76,7 @@ class _ByLatent:
         self.order = torch.empty(coef.numel(), dtype=torch.int64)
         self.row = torch.empty(coef.numel(), dtype=torch.int32)
         self.codes = _codes(self.coef, self.indices, self.offsets)
-        _C.by_latent(self.codes, m, *map(ptr, (self.start, self.order, self.row)))
+        _C.by_latent(self.codes, m, prefixes or [], by_rank, *map(ptr, (self.start, self.order, self.row)))
 
     def touched(self) -> Tensor:
         """bool ``[m]``: the latents with a non-zero coefficient."""
@@ -57,14 +94,15 @@ class _ByLatent:
         sum: Tensor | None = None,
         dots: Tensor | None = None,
         coef_sum: Tensor | None = None,
+        scale: float = 1.0,
     ) -> None:
         """One pass; see ``LatentPassArgs`` in csrc/include/fusae/ops.h."""
         if latents is not None and len(latents) == 0:  # no address would mean all of them
             return
         _C.latent_pass(
             self.codes, *map(ptr, (self.start, self.order, self.row, latents)), 0 if latents is None else len(latents),
-            ptr(rows), ptr(weight), DTYPES[rows.dtype], self.m, rows.shape[1], *map(ptr, (sum, dots, coef_sum)),
-            torch.get_num_threads(),
+            ptr(rows), ptr(weight), scale, DTYPES[rows.dtype], self.m, rows.shape[-1],
+            *map(ptr, (sum, dots, coef_sum)), torch.get_num_threads(),
         )  # fmt: skip
 
 
@@ -112,9 +150,39 @@ def decode_bwd(
     need_W: bool,
     row_sparse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    entries = _ByLatent(values, indices, offsets, W_dec.shape[0])
+    return _decode_gradients(entries, grad_y, values, W_dec, need_values, need_W, row_sparse, 1.0)
+
+
+def decode_loss_bwd(
+    factor: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    offsets: Tensor | None,
+    W_dec: Tensor,
+    mixed: Tensor,
+    prefixes: list[int],
+    by_rank: bool,
+    need_values: bool,
+    need_W: bool,
+    row_sparse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = _ByLatent(values, indices, offsets, W_dec.shape[0], prefixes, by_rank)
+    return _decode_gradients(entries, mixed, values, W_dec, need_values, need_W, row_sparse, float(factor))
+
+
+def _decode_gradients(
+    entries: _ByLatent,
+    grad_y: Tensor,
+    values: Tensor,
+    W_dec: Tensor,
+    need_values: bool,
+    need_W: bool,
+    row_sparse: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     grad_y, W_dec = grad_y.contiguous(), W_dec.contiguous()
     m, d = W_dec.shape
-    entries = _ByLatent(values, indices, offsets, m)
     rows = torch.empty(0, dtype=torch.int64)
     grad_values, grad_W = values.new_empty(0), values.new_empty(0)
     # Storage past offsets[-1] is visited by no latent.
@@ -122,16 +190,16 @@ def decode_bwd(
         grad_values = torch.zeros(values.shape, dtype=values.dtype)
     dots = grad_values if need_values else None
     if not need_W:
-        entries.run(grad_y, weight=W_dec, dots=dots)
+        entries.run(grad_y, weight=W_dec, dots=dots, scale=scale)
     elif not row_sparse:
         grad_W = W_dec.new_empty(m, d)
-        entries.run(grad_y, weight=W_dec, dots=dots, sum=grad_W)
+        entries.run(grad_y, weight=W_dec, dots=dots, sum=grad_W, scale=scale)
     else:
         touched = entries.touched()
         rows = touched.nonzero().view(-1)
         grad_W = W_dec.new_empty(len(rows), d)
-        entries.run(grad_y, weight=W_dec, latents=rows, dots=dots, sum=grad_W)
+        entries.run(grad_y, weight=W_dec, latents=rows, dots=dots, sum=grad_W, scale=scale)
         if need_values:  # latents that were stored with value 0 everywhere: no gradient row, but dots
             padding = ((entries.start[1:] > entries.start[:-1]) & ~touched).nonzero().view(-1)
-            entries.run(grad_y, weight=W_dec, latents=padding, dots=dots)
+            entries.run(grad_y, weight=W_dec, latents=padding, dots=dots, scale=scale)
     return grad_values, rows, grad_W
