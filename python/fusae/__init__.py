@@ -11,16 +11,18 @@ import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the onl
 from ._dispatch import BackendError, backend
 from .codes import SparseCodes
 from .info import explain
-from .ops import adam_rows_, decode, encode_topk, topk
+from .ops import DecodeLoss, adam_rows_, decode, decode_loss, encode_topk, topk
 
 __version__ = importlib.metadata.version("fusae")
 
 __all__ = [
     "BackendError",
+    "DecodeLoss",
     "SparseCodes",
     "adam_rows_",
     "backend",
     "decode",
+    "decode_loss",
     "encode_topk",
     "explain",
     "topk",

@@ -16,5 +16,9 @@ def _always(*args, **kwargs) -> str | None:
 
 TABLE = {
     name: (getattr(reference, name), _always)
-    for name in ("topk_fwd", "topk_bwd", "encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "adam_rows_")
-}
+    for name in (
+        "topk_fwd", "topk_bwd", "encode_topk_fwd", "encode_bwd",
+        "decode_fwd", "decode_bwd", "decode_loss_fwd", "decode_loss_bwd",
+        "adam_rows_",
+    )
+}  # fmt: skip

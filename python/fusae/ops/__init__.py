@@ -4,7 +4,8 @@
 from . import encode_bwd as _encode_bwd  # noqa: F401  (defines the raw op that the encode ops share)
 from .adam_rows import adam_rows_
 from .decode import decode
+from .decode_loss import DecodeLoss, decode_loss
 from .encode_topk import encode_topk
 from .topk import topk
 
-__all__ = ["adam_rows_", "decode", "encode_topk", "topk"]
+__all__ = ["DecodeLoss", "adam_rows_", "decode", "decode_loss", "encode_topk", "topk"]

@@ -27,5 +27,9 @@ def _why_not(*args, **kwargs) -> str | None:
 
 TABLE = {
     run.__name__: (run, _why_not)
-    for run in (topk_fwd, topk_bwd, encode_topk_fwd, encode_bwd, decode_fwd, decode_bwd, adam_rows_)
-}
+    for run in (
+        topk_fwd, topk_bwd, encode_topk_fwd, encode_bwd,
+        decode_fwd, decode_bwd, decode_loss_fwd, decode_loss_bwd,
+        adam_rows_,
+    )
+}  # fmt: skip
