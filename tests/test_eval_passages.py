@@ -7,9 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fusae.data import collect
-from fusae.eval import choose_latents, token_strings, top_passages, write_features
+from fusae.eval import (
+    ActivationHistograms,
+    choose_latents,
+    nearest_latents,
+    token_strings,
+    top_passages,
+    write_features,
+)
 from fusae.eval.passages import token_text
 
 tokenizers = pytest.importorskip("tokenizers", reason="the extra 'lm' is not installed")
@@ -106,7 +115,85 @@ def test_top_passages_equal_a_plain_search(setting, words, form, batch_chunks):
     assert features[0]["passages"] and features[1]["passages"]
     assert features[2] == {
         "latent": 5, "density": 0.0, "max_value": 0.0, "promoted": ["p5"], "suppressed": ["s"], "passages": [],
+        "histogram": {"width": 0.0, "counts": []},
     }  # fmt: skip
+    for feature in features[:2]:
+        counts, width = feature["histogram"]["counts"], feature["histogram"]["width"]
+        assert sum(counts) == round(feature["density"] * len(acts))
+        assert width * (len(counts) - 1) <= feature["max_value"] < width * len(counts)
+
+
+def test_passages_of_any_order_and_of_a_part(setting, words):
+    """Rows of chunks in another order, as chunks of different lengths are stored; the same rows without a store."""
+    chunks, acts, weight = setting
+    # In fp64, so that values in fp32 do not depend on how many rows are encoded at once.
+    encode = lambda x: as_codes(dense_codes(x.double(), weight.double()), "fixed")  # noqa: E731
+    order = np.random.default_rng(3).permutation(CHUNKS)
+    of_chunk = np.asarray(acts.positions[:, 0])
+    index = np.concatenate([np.flatnonzero(of_chunk == chunk) for chunk in order])
+    rows, where = acts.take(slice(None))[index], np.asarray(acts.positions)[index]
+
+    class Shuffled:
+        meta, positions = acts.meta, where
+        take = staticmethod(lambda part: rows[part])
+
+        def __len__(self):
+            return len(rows)
+
+    class Live:
+        def __len__(self):
+            return len(rows)
+
+        def blocks(self, batch_chunks):
+            for first in range(0, CHUNKS, batch_chunks):
+                part = np.isin(where[:, 0], order[first : first + batch_chunks])
+                yield rows[part], where[part]
+
+    wanted = top_passages(acts, chunks, encode, [3, 0], words, progress=False)
+    for source in (Shuffled(), Live()):
+        for size in (1, 2, 32):
+            assert top_passages(source, chunks, encode, [3, 0], words, batch_chunks=size, progress=False) == wanted
+    part = top_passages(acts, chunks, encode, [3, 0], words, batch_chunks=2, max_rows=30, progress=False)
+    every = top_passages(acts, chunks, encode, [3, 0], words, passages=CHUNKS, progress=False)
+    for few, all_of_them in zip(part, every, strict=True):
+        assert len(few["passages"]) <= 4 and all(passage in all_of_them["passages"] for passage in few["passages"])
+    assert 0 < sum(sum(f["histogram"]["counts"]) for f in part) < sum(sum(f["histogram"]["counts"]) for f in every)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=2), max_size=30), st.integers(0, 30))
+def test_histograms_do_not_depend_on_the_batches(rows, cut):
+    values = np.array(rows, dtype=np.float32).reshape(-1, 2)
+    whole = ActivationHistograms(2, 8).update(values).result()
+    merged = ActivationHistograms(2, 8).update(values[:cut]).merge(ActivationHistograms(2, 8).update(values[cut:]))
+    assert merged.result() == whole
+    for column, found in zip(values.T.astype(np.float64), whole, strict=True):
+        sizes = np.abs(column[column != 0])
+        assert sum(found["counts"]) == len(sizes)
+        if len(sizes):
+            edges = found["width"] * np.arange(9)
+            assert edges[4] <= sizes.max() < edges[8]  # the range is no wider than twice what it must be
+            padded = found["counts"] + [0] * (8 - len(found["counts"]))
+            assert padded == [int(((sizes >= a) & (sizes < b)).sum()) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def test_nearest_latents():
+    torch.manual_seed(0)
+    W_dec = torch.randn(100, 16) * torch.rand(100, 1)
+    W_dec[7] = -2 * W_dec[3]
+    W_dec[8] = 0.5 * W_dec[3] + 0.01 * torch.randn(16)
+    W_dec[9] = 0
+    found = nearest_latents(W_dec, [3, 9, 50], top=4)
+    cosine = torch.nn.functional.cosine_similarity(W_dec[:, None], W_dec[[3, 9, 50]][None], dim=-1)
+    assert [len(each) for each in found] == [4, 4, 4]
+    assert found[0][0]["latent"] == 8 and all(entry["latent"] != 3 for entry in found[0])
+    for column, each in enumerate(found):
+        for entry in each:
+            assert entry["cosine"] == pytest.approx(float(cosine[entry["latent"], column]), abs=1e-6)
+        assert [e["cosine"] for e in each] == sorted((e["cosine"] for e in each), reverse=True)
+    assert nearest_latents(W_dec[:1], [0]) == [[]]
+    with pytest.raises(ValueError, match="latents lie in 0..99, got 5 and .100."):
+        nearest_latents(W_dec, [100])
 
 
 def test_features_file(setting, words, tmp_path):

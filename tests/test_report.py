@@ -22,7 +22,7 @@ from fusae.eval.report import RunDirError, write_report  # noqa: E402
 from fusae.eval.report_numbers import big, duration, percent, sig, size  # noqa: E402
 
 M, K, D = 64, 4, 16
-CURVES = ("fvu", "loss", "l0", "dead", "lr", "throughput")
+CURVES = ("fvu", "loss", "l0", "dead", "lr", "throughput", "wait")
 # Data reads better as tables:
 # fmt: off
 HOSTILE = ['<script>document.title="owned"</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style>",
@@ -33,7 +33,8 @@ def contents() -> dict:
     """A complete run directory: file name → what it holds."""
     metrics = [
         {"step": 10 * i, "tokens": 40960 * i, "seconds": 2.5 * i, "loss": 0.3 + 1 / i, "fvu": 0.25 + 1 / i, "l0": 3.9,
-         "dead": max(0, 20 - i), "aux_loss": None if i < 5 else 0.02, "lr": 1e-3, "tokens_per_s": 16000.0 + i}
+         "dead": max(0, 20 - i), "aux_loss": None if i < 5 else 0.02, "lr": 1e-3, "tokens_per_s": 16000.0 + i,
+         "k": K, "grad_norm": None, "wait": 0.01, "dropped": 0}
         for i in range(1, 41)
     ]
     passages = [
@@ -43,7 +44,8 @@ def contents() -> dict:
     ]
     features = [
         {"latent": 3, "density": 0.012, "max_value": 7.25, "promoted": [" water", "bank"], "suppressed": [" the"],
-         "passages": passages},
+         "nearest": [{"latent": 41, "cosine": 0.512}, {"latent": 9, "cosine": 0.25}],
+         "histogram": {"width": 0.125, "counts": [0] * 20 + [9, 4, 1]}, "passages": passages},
         {"latent": 41, "density": 0.0004, "max_value": 2.0, "passages": [
             {"tokens": [*HOSTILE, " owl"], "values": [0.0] * len(HOSTILE) + [2.0], "peak": len(HOSTILE)}]},
     ]
@@ -57,7 +59,8 @@ def contents() -> dict:
             "tokens": 20000, "fvu": 0.2468, "explained_variance": 0.7532, "l0": 3.97, "dead_latents": 2, "latents": M,
             "cosine": 0.9, "density": [0.0, 0.0] + [10 ** (-1 - i / 30) for i in range(M - 2)],
             "loss": {"original": 3.0, "patched": 3.3, "mean_ablated": 8.0, "loss_recovered": 0.94, "tokens": 9000},
-            "dropped": {"first_positions": 10, "norm_outliers": 3},
+            "kl": {"patched": 0.31, "mean_ablated": 4.9, "kl_recovered": 0.9367}, "l2_ratio": 0.951,
+            "relative_bias": 0.987, "dropped": {"first_positions": 10, "norm_outliers": 3, "special": 0},
             "source": {"model": "tiny-lm", "module": "model.layers.1", "text": "a book"},
         },
         "features.json": features,
@@ -133,9 +136,44 @@ def test_key_figures_and_tables(source):
         Dead latents 2 3.12 % of 64 | Original 3.000 | Patched 3.300 +0.300 | Mean-ablated 8.000 +5.000
         plain torch 51.0 52.5 55.0 5.25 not measured | fusae 9.50 10.0 11.0 1.00 3.00 MiB | coder.k 4
         fusae 0.0.test | torch 2.13.0 | n 4,096, d 16, m 64, k 4, float32 | max 7.25
+        KL, patched 0.310 | KL recovered 93.7 % | Length ratio 0.9510 | Relative bias 0.9870 | norm outliers 3
+        nearest 41 0.51 , 9 0.25 | activations, 0 to 7.25 | rarer than 1 in 100,000 0
     """
     phrases = [phrase.strip() for phrase in re.split(r"[|\n]", wanted) if phrase.strip()]
-    assert len(phrases) == 18 and [phrase for phrase in phrases if phrase not in text] == []
+    assert len(phrases) == 26 and [phrase for phrase in phrases if phrase not in text] == []
+
+
+def test_parts_of_longer_runs(tmp_path):
+    """k annealed, gradients clipped, rows dropped, an FVU of a batch without variance; no head, and why."""
+    files = contents()
+    for i, row in enumerate(files["metrics.jsonl"]):
+        row |= {"k": max(K, 20 - i), "grad_norm": 0.5 + i, "dropped": 7 * i, "fvu": None if i == 3 else 0.3}
+    del files["eval.json"]["loss"], files["eval.json"]["kl"]
+    files["eval.json"]["no_loss"] = "BertModel is no causal language model"
+    source = write_report(write_run(tmp_path / "run", files)).read_text(encoding="utf-8")
+    for name in (*CURVES, "grad"):
+        assert f'data-figure="{name}"' in source
+    l0 = re.search(r'data-figure="l0".*?</svg>', source, re.S).group(0)
+    assert ">k<" in l0 and ">L0<" in l0 and "k = 4" not in l0
+    assert "Rows left out as not finite" in source and ">273<" in source
+    assert "No language-model loss:</strong> BertModel is no causal language model." in source
+
+
+def test_the_activation_histogram(source):
+    path = re.search(r'aria-label="activations of latent 3, 0 to 2.88".*? d="([^"]*)"', source).group(1)
+    bars = re.findall(r"M([\d.]+) 40v-([\d.]+)", path)
+    assert [float(x) for x, _ in bars] == pytest.approx([200 * i / 23 for i in (20, 21, 22)], abs=0.06)
+    assert [float(h) for _, h in bars] == pytest.approx([40, 40 * 2 / 3, 40 / 3], abs=0.06)
+    assert '<a href="#latent-41">41</a>' in source and 'href="#latent-9"' not in source
+
+
+def test_two_hundred_latents_stay_small(tmp_path):
+    files = contents()
+    one = files["features.json"][0]
+    words = [f" word{i}" for i in range(33)]
+    one["passages"] = [{"tokens": words, "values": [i / 3 for i in range(33)], "peak": 32}] * 8
+    files["features.json"] = [one | {"latent": i} for i in range(200)]
+    assert write_report(write_run(tmp_path / "run", files)).stat().st_size < 20e6
 
 
 def test_is_self_contained_and_without_clashing_ids(source):
@@ -247,6 +285,11 @@ def change(files: dict, path: list, value) -> None:
             7,
             "field '[1].passages[0].tokens[2]' must be a string, got 7",
         ),
+        (["features.json", 0, "nearest", 0, "cosine"], "near", "field '[0].nearest[0].cosine' must be a number"),
+        (["features.json", 0, "histogram", "counts", 2], -1, "field '[0].histogram.counts[2]' must be a whole number"),
+        (["eval.json", "dropped", "special"], "no", "eval.json: field 'dropped.special' must be a whole number >= 0"),
+        (["eval.json", "kl", "patched"], KeyError, "eval.json: field 'kl.patched' is missing"),
+        (["metrics.jsonl", 2, "wait"], "long", "metrics.jsonl line 3: field 'wait' must be a number"),
         (["bench.json", "rows", 1, "p50_ms"], KeyError, "bench.json: field 'rows[1].p50_ms' is missing"),
         (["config.json"], "text", "config.json: the top level must be an object"),
     ],
@@ -394,3 +437,24 @@ class TestInChromium:
         if query.startswith("RIVER"):
             assert re.findall(r'class="t[^"]* hit"[^>]*>([^<]*)<', dom) == [" river", " rose"]
             assert dom.count('class="passage dim"') == 2  # the other passage here, and latent 41's
+
+    def order(self, dom: str) -> list[str]:
+        return [attrs["data-latent"] for tag, attrs in Elements(dom).found if tag == "article"]
+
+    @pytest.mark.parametrize(
+        ("fragment", "order"),
+        [
+            ("#sort=density", ["7", "3", "41"]),
+            ("#q=7&sort=latent", ["3", "7", "41"]),
+        ],
+    )
+    def test_sorting(self, dump, tmp_path, fragment, order):
+        files = contents()
+        files["features.json"].append({"latent": 7, "density": 0.3, "max_value": 0.5, "passages": []})
+        dom, console = dump(write_report(write_run(tmp_path / "run", files)), fragment)
+        assert console == [] and self.order(dom) == order
+        assert self.visible(dom) == (order if "q=" not in fragment else [])
+
+    def test_a_link_to_a_latent(self, dump, page):
+        dom, console = dump(page, "#latent-41")
+        assert console == [] and self.visible(dom) == ["3", "41"]

@@ -2,11 +2,13 @@
 """Measure a dictionary: reconstruction, what it does to the language model's loss, and what its latents respond to."""
 
 from .language import LossMetrics, logit_effects, loss_recovered, no_next_token
+from .latents import ActivationHistograms, nearest_latents
 from .metrics import ReconstructionMetrics, measure
 from .passages import choose_latents, token_strings, top_passages, write_features
 from .report import RunDirError, write_report
 
 __all__ = [
+    "ActivationHistograms",
     "LossMetrics",
     "ReconstructionMetrics",
     "RunDirError",
@@ -14,6 +16,7 @@ __all__ = [
     "logit_effects",
     "loss_recovered",
     "measure",
+    "nearest_latents",
     "no_next_token",
     "token_strings",
     "top_passages",

@@ -7,7 +7,7 @@ import codecs
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..data import TokenChunks
 from ..data.progress import token_progress
+from .latents import ActivationHistograms
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,6 +69,7 @@ def top_passages(
     after: int = 8,
     effects: Sequence[dict[str, list[str]]] | None = None,
     batch_chunks: int = 32,
+    max_rows: int | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -77,7 +79,8 @@ def top_passages(
     does not fill the list.
 
     Args:
-        activations: rows to look at (`fusae.data.collect`), of `chunks`.
+        activations: rows to look at (`fusae.data.collect`), of `chunks`; or anything with ``blocks(batch_chunks)``, an
+            iterator of (rows ``[r, d]``, their (chunk, position) ``[r, 2]``), each of some whole chunks.
         chunks: `TokenChunks` or token ids ``[chunks, ctx]`` that `activations` was collected from.
         encode: maps rows ``[n, d]`` (fp32) to codes (`values`, `indices`, and `offsets` if ragged).
         latents: which ones.
@@ -85,12 +88,14 @@ def top_passages(
         before, after: tokens of context on the two sides of the peak (less at the ends of a chunk).
         effects: what `fusae.eval.logit_effects` gave for these latents, to be put in.
         batch_chunks: chunks encoded at once.
+        max_rows: look no further once so many rows have been seen; None: at all.
 
     Returns:
         One dict a latent, in the order of `latents`: ``latent``; ``density``, share of the rows on which it is active;
-        ``max_value``; ``passages``, strongest first, each ``{"tokens": [str], "values": [float], "peak": int}``
-        (values of positions that are not among the rows are 0; a token that ends inside a character is "" and the
-        token that completes it shows the character); with `effects` also ``promoted`` and ``suppressed``.
+        ``max_value``; ``histogram`` of its activations (`ActivationHistograms`); ``passages``, strongest first, each
+        ``{"tokens": [str], "values": [float], "peak": int}`` (values of positions that are not among the rows are 0; a
+        token that ends inside a character is "" and the token that completes it shows the character); with `effects`
+        also ``promoted`` and ``suppressed``.
     """
     latents = [int(latent) for latent in latents]
     if len(set(latents)) != len(latents) or any(latent < 0 for latent in latents):
@@ -99,47 +104,69 @@ def top_passages(
         raise ValueError(f"effects must have one entry for each of the {len(latents)} latents, got {len(effects)}")
     if min(passages, batch_chunks) < 1 or min(before, after) < 0:
         raise ValueError("passages and batch_chunks must be at least 1, before and after at least 0")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows must be at least 1 or None, got {max_rows}")
     chunks = TokenChunks.of(chunks)
-    expected = (activations.meta["inputs"]["chunks"], activations.meta["inputs"]["ctx"])
-    if chunks.shape != expected:
-        raise ValueError(f"chunks must be those of the activations, {list(expected)}, got {list(chunks.shape)}")
+    blocks = getattr(activations, "blocks", None)
+    if blocks is None:
+        expected = (activations.meta["inputs"]["chunks"], activations.meta["inputs"]["ctx"])
+        if chunks.shape != expected:
+            raise ValueError(f"chunks must be those of the activations, {list(expected)}, got {list(chunks.shape)}")
+        blocks = functools.partial(_blocks, activations)
 
     best: list[list[tuple[float, int, np.ndarray]]] = [[] for _ in latents]
-    fired = np.zeros(len(latents), dtype=np.int64)
-    of_chunk = np.asarray(activations.positions[:, 0])
+    fired, seen = np.zeros(len(latents), dtype=np.int64), 0
+    histograms = ActivationHistograms(len(latents))
+    total = len(activations) if max_rows is None else min(max_rows, len(activations))
     with token_progress(progress) as bar, torch.inference_mode():
-        task = bar.add_task("passages", total=len(activations))
-        for first in range(0, expected[0], batch_chunks):
-            # Rows are sorted by chunk, so whole chunks are whole slices.
-            start, stop = np.searchsorted(of_chunk, [first, first + batch_chunks])
-            if start == stop:
-                continue
-            values = _columns(encode(activations.take(slice(start, stop)).to(device)), stop - start, latents)
+        task = bar.add_task("passages", total=total)
+        for rows, where in blocks(batch_chunks):
+            values = _columns(encode(rows.to(device)), len(rows), latents)
             fired += (values != 0).sum(0)
-            grid = np.zeros((batch_chunks, expected[1], len(latents)), dtype=np.float32)
-            where = np.asarray(activations.positions[start:stop])
-            grid[where[:, 0] - first, where[:, 1]] = values
+            histograms.update(values)
+            ids, row_of = np.unique(where[:, 0], return_inverse=True)
+            grid = np.zeros((len(ids), chunks.shape[1], len(latents)), dtype=np.float32)
+            grid[row_of, where[:, 1]] = values
             for column, kept in enumerate(best):
                 peaks = grid[:, :, column].max(1)
-                for chunk in np.argsort(-peaks, kind="stable")[:passages]:
-                    if peaks[chunk] > 0:
-                        kept.append((float(peaks[chunk]), first + int(chunk), grid[chunk, :, column].copy()))
+                for place in np.argsort(-peaks, kind="stable")[:passages]:
+                    if peaks[place] > 0:
+                        kept.append((float(peaks[place]), int(ids[place]), grid[place, :, column].copy()))
                 kept.sort(key=lambda item: (-item[0], item[1]))
                 del kept[passages:]
-            bar.update(task, advance=int(stop - start))
+            seen += len(rows)
+            bar.update(task, completed=min(seen, total))
+            if seen >= total:
+                break
 
     features = []
     for column, (latent, kept) in enumerate(zip(latents, best, strict=True)):
         feature: dict[str, Any] = {
             "latent": latent,
-            "density": float(fired[column] / len(activations)),
+            "density": float(fired[column] / max(seen, 1)),
             "max_value": kept[0][0] if kept else 0.0,
         }
         if effects is not None:
             feature |= {name: list(effects[column][name]) for name in ("promoted", "suppressed")}
         feature["passages"] = [_passage(tokenizer, chunks.row(chunk), row, before, after) for _, chunk, row in kept]
         features.append(feature)
+    for feature, histogram in zip(features, histograms.result(), strict=True):
+        feature["histogram"] = histogram
     return features
+
+
+def _blocks(activations: Activations, batch_chunks: int) -> Iterator[tuple[Tensor, np.ndarray]]:
+    """Rows of `batch_chunks` whole chunks at a time, in the order they are stored. A chunk's rows lie together."""
+    start, width = 0, batch_chunks * activations.meta["inputs"]["ctx"]
+    while start < len(activations):
+        # One row more than such a block can have shows where its last chunk ends.
+        where = np.asarray(activations.positions[start : start + width + 1])
+        ends = np.append(np.flatnonzero(np.diff(where[:, 0])) + 1, len(where))
+        if len(ends) > 1 and len(where) > width:
+            ends = ends[:-1]  # this chunk may go on
+        stop = int(ends[min(batch_chunks, len(ends)) - 1])
+        yield activations.take(slice(start, start + stop)), where[:stop]
+        start += stop
 
 
 def write_features(path: str | Path, features: Iterable[dict[str, Any]]) -> None:

@@ -76,6 +76,7 @@ def render(run: RunData) -> str:
         lm=_lm(run),
         density=_density(run),
         latents=[_latent(f) for f in run.features or ()],
+        shown={f["latent"] for f in run.features or ()},
         bench=_bench(run),
         config=_flatten({k: v for k, v in run.config.items() if k != "versions"}),
         versions=_flatten(run.config["versions"]) if isinstance(run.config.get("versions"), dict) else [],
@@ -105,6 +106,7 @@ def _facts(run: RunData) -> dict[str, Any]:
         "rows": rows,
         "steps": last["step"],
         "time": duration(last["seconds"]),
+        "dropped": last.get("dropped") or 0,
     }
 
 
@@ -114,7 +116,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
     tail = rows[-max(1, len(rows) // 10) :]
     m = _facts(run)["m"]
     stand_in = "last training batches"
-    fvu = ev["fvu"] if ev else median(r["fvu"] for r in tail)
+    fvu = ev["fvu"] if ev else median([r["fvu"] for r in tail if r.get("fvu") is not None] or [math.nan])
     l0 = ev["l0"] if ev else median(r["l0"] for r in tail)
     dead = ev["dead_latents"] if ev else rows[-1]["dead"]
     loss = ev and ev.get("loss")
@@ -123,7 +125,7 @@ def _tiles(run: RunData) -> list[dict[str, str]]:
         {"name": "FVU", "value": sig(fvu), "note": where, "title": "fraction of variance unexplained"},
         {
             "name": "Loss recovered",
-            "value": percent(loss["loss_recovered"]) if loss else "–",
+            "value": percent(_or_nan(loss.get("loss_recovered"))) if loss else "–",
             "note": f"{big(loss['tokens'])} tokens" if loss else "not measured",
             "title": "share of the loss gap between mean-ablated and original that the reconstruction closes",
         },
@@ -152,15 +154,15 @@ def _curves(run: RunData) -> list[dict[str, Any]]:
     from .report_figures import curve, learning_rate
 
     rows = run.metrics
-    column = {key: [row[key] for row in rows] for key in ("tokens", "loss", "fvu", "l0", "dead", "lr", "tokens_per_s")}
+    names = ("tokens", "loss", "fvu", "l0", "dead", "lr", "tokens_per_s", "k", "grad_norm", "wait")
+    column = {name: [_or_nan(row.get(name)) for row in rows] for name in names}
     tokens = column["tokens"]
     k = _facts(run)["k"]
+    annealed = len({value for value in column["k"] if not math.isnan(value)}) > 1
     held_out = run.evaluation and (run.evaluation["fvu"], f"held out {sig(run.evaluation['fvu'])}")
-    aux = [row.get("aux_loss") for row in rows]
-    second = None
-    if any(v is not None for v in aux):
-        second = ("loss", "AuxK loss", [math.nan if v is None else v for v in aux])
-    return [
+    aux = [_or_nan(row.get("aux_loss")) for row in rows]
+    second = None if all(map(math.isnan, aux)) else ("loss", "AuxK loss", aux)
+    panels = [
         {
             "title": "FVU",
             "svg": curve(
@@ -198,7 +200,8 @@ def _curves(run: RunData) -> list[dict[str, Any]]:
                 column["l0"],
                 "active latents a token",
                 zero=True,
-                reference=(k, f"k = {k}") if isinstance(k, int) else None,
+                reference=(k, f"k = {k}") if isinstance(k, int) and not annealed else None,
+                second=("L0", "k", column["k"]) if annealed else None,
             ),
             "caption": "Mean number of active latents a token; it falls below k where fewer are positive.",
         },
@@ -226,6 +229,21 @@ def _curves(run: RunData) -> list[dict[str, Any]]:
             "caption": "Training tokens per second at each logged step (thin) and its running median (bold).",
         },
     ]
+    if not all(map(math.isnan, column["wait"])):
+        svg = curve(
+            "wait", "Share of the time spent waiting for data", tokens, [100 * v for v in column["wait"]],
+            "% of the time", smooth=True, zero=True,
+        )  # fmt: skip
+        panels.append({"title": "Waiting for data", "svg": svg, "caption": "Share of the time without a batch ready."})
+    if not all(map(math.isnan, column["grad_norm"])):
+        svg = curve("grad", "Gradient norm against training tokens", tokens, column["grad_norm"], "norm", smooth=True)
+        caption = "Joint norm of all gradients before clipping, mean since the last logged step."
+        panels.append({"title": "Gradient norm", "svg": svg, "caption": caption})
+    return panels
+
+
+def _or_nan(value: Any) -> float:
+    return math.nan if value is None else value
 
 
 def _lm(run: RunData) -> dict[str, Any] | None:
@@ -252,11 +270,17 @@ def _lm(run: RunData) -> dict[str, Any] | None:
     ]
     return {
         "rows": rows,
-        "recovered": loss["loss_recovered"],
+        "recovered": _or_nan(loss.get("loss_recovered")),
+        "kl": _kl(run),
         "tokens": loss["tokens"],
         "scale": gap > 0,
         "sinks": bool(loss.get("passed_through") or run.evaluation.get("dropped")),
     }
+
+
+def _kl(run: RunData) -> dict[str, Any] | None:
+    kl = run.evaluation.get("kl")
+    return kl and kl | {"kl_recovered": _or_nan(kl.get("kl_recovered"))}
 
 
 def _density(run: RunData) -> dict[str, Any] | None:
@@ -279,6 +303,8 @@ def _density(run: RunData) -> dict[str, Any] | None:
             ("densest", f"{live[-1]:.2g}", f"1 in {sig(1 / live[-1], 2)}"),
             ("active on over 10 %", count(over), percent(over / m)),
         ]
+        rare = sum(v < 1e-5 for v in live)
+        table.append(("rarer than 1 in 100,000", count(rare), percent(rare / m)))
     shown = [f["density"] for f in run.features or ()]
     return {
         "svg": density_histogram(density, ev["l0"] / m if m else 0, shown),
@@ -289,6 +315,7 @@ def _density(run: RunData) -> dict[str, Any] | None:
 
 
 def _latent(feature: dict[str, Any]) -> dict[str, Any]:
+    from .report_figures import activation_bars
     from .report_tokens import chips, passage
 
     top = feature["max_value"]
@@ -303,6 +330,8 @@ def _latent(feature: dict[str, Any]) -> dict[str, Any]:
         "passages": passages,
         "promoted": chips(feature.get("promoted") or ()),
         "suppressed": chips(feature.get("suppressed") or ()),
+        "nearest": feature.get("nearest") or (),
+        "histogram": activation_bars(feature["latent"], **feature["histogram"]) if feature.get("histogram") else None,
         "logits": feature.get("promoted") is not None or feature.get("suppressed") is not None,
     }
 

@@ -22,18 +22,23 @@ _TESTS = {
     TEXT: lambda v: isinstance(v, str),
 }
 
-# A key that ends in "?" may be absent or null. These four are the whole of what the report relies on.
+# A key that ends in "?" may be absent or null; the key `str` stands for any. These four are the whole of what the report
+# relies on.
 METRICS_ROW = {
     "step": COUNT,
     "tokens": COUNT,
     "seconds": NUMBER,
     "loss": NUMBER,
-    "fvu": NUMBER,
+    "fvu?": NUMBER,
     "l0": NUMBER,
     "dead": COUNT,
     "aux_loss?": NUMBER,
     "lr": NUMBER,
     "tokens_per_s": NUMBER,
+    "k?": COUNT,
+    "grad_norm?": NUMBER,
+    "wait?": NUMBER,
+    "dropped?": COUNT,
 }
 EVAL = {
     "tokens": COUNT,
@@ -43,11 +48,17 @@ EVAL = {
     "dead_latents": COUNT,
     "latents": COUNT,
     "cosine?": NUMBER,
+    "l2_ratio?": NUMBER,
+    "relative_bias?": NUMBER,
     "density": [NUMBER],
-    "loss?": {"original": NUMBER, "patched": NUMBER, "mean_ablated": NUMBER, "loss_recovered": NUMBER, "tokens": COUNT},
-    "dropped?": {"first_positions": COUNT, "norm_outliers": COUNT},
+    "loss?": {
+        "original": NUMBER, "patched": NUMBER, "mean_ablated": NUMBER, "loss_recovered?": NUMBER, "tokens": COUNT,
+    },
+    "kl?": {"patched": NUMBER, "mean_ablated": NUMBER, "kl_recovered?": NUMBER},
+    "no_loss?": TEXT,
+    "dropped?": {str: COUNT},
     "source?": {"model": TEXT, "module": TEXT, "text": TEXT, "passages?": TEXT, "effects?": TEXT},
-}
+}  # fmt: skip
 FEATURES = [
     {
         "latent": COUNT,
@@ -55,6 +66,8 @@ FEATURES = [
         "max_value": NUMBER,
         "promoted?": [TEXT],
         "suppressed?": [TEXT],
+        "nearest?": [{"latent": COUNT, "cosine": NUMBER}],
+        "histogram?": {"width": NUMBER, "counts": [COUNT]},
         "passages": [{"tokens": [TEXT], "values": [NUMBER], "peak": COUNT}],
     }
 ]
@@ -200,6 +213,8 @@ def _check(value: Any, spec: Any, where: str, field: str = "") -> None:
     if isinstance(spec, dict):
         if not isinstance(value, dict):
             raise _wrong(where, field, "an object", value)
+        if str in spec:
+            spec = dict.fromkeys(value, spec[str])
         for key, inner in spec.items():
             name = key.rstrip("?")
             if key.endswith("?") and value.get(name) is None:

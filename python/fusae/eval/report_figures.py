@@ -253,6 +253,27 @@ def density_histogram(density: Sequence[float], mean: float, shown: Sequence[flo
         return _svg(figure, "density", "Histogram of latent densities, log scale")
 
 
+def activation_bars(latent: int, width: float, counts: Sequence[int]) -> Markup | None:
+    """A small histogram of one latent's activations; the height of a bar is the square root of its count.
+
+    Drawn here and not by matplotlib: a report has hundreds of them. None where the latent was never active.
+    """
+    if not any(counts):
+        return None
+    w, h, top = 200, 40, math.sqrt(max(counts))
+    step = w / len(counts)
+    path = "".join(
+        f"M{i * step:.1f} {h}v{-max(1.0, h * math.sqrt(n) / top):.1f}h{step * 0.85:.1f}V{h}z"
+        for i, n in enumerate(counts)
+        if n
+    )
+    title = f"activations of latent {latent}, 0 to {width * len(counts):.3g}"
+    return Markup(
+        '<svg class="hist" viewBox="0 0 {} {}" role="img" aria-label="{}" preserveAspectRatio="none">'
+        '<path fill="var(--blue)" d="{}"/></svg>'
+    ).format(w, h, title, path)
+
+
 def bars(name: str, title: str, rows: Sequence[tuple[str, float, float, float, str, bool]]) -> Markup:
     """Horizontal bars, one a row of (name, p20, p50, p80, label, emphasised), in milliseconds."""
     height = 48 * len(rows) + 50

@@ -3,6 +3,7 @@
   const form = document.getElementById("search");
   if (!form) return;
   const box = document.getElementById("q"), only = document.getElementById("only");
+  const sort = document.getElementById("sort");
   const said = document.getElementById("said");
 
   // Each passage as one lower-case string, with the place of every token in it, so that a search may span tokens.
@@ -19,6 +20,9 @@
   const latents = [...document.querySelectorAll(".latent")].map((el) => ({
     el,
     index: el.dataset.latent,
+    density: Number(el.dataset.density),
+    max: Number(el.dataset.max),
+    latent: -Number(el.dataset.latent),
     chips: [...el.querySelectorAll(".chip")].map((c) => ({ el: c, text: c.textContent.toLowerCase() })),
     passages: [...el.querySelectorAll(".passage")].map(read),
   }));
@@ -49,13 +53,35 @@
     }
     said.textContent = q === "" ? `${latents.length} latents` : `${shown} of ${latents.length} latents`;
   };
+  // Largest first, but by number; "as listed" is the order of the file.
+  const arrange = () => {
+    const by = sort.value, list = [...latents];
+    if (by !== "given") list.sort((a, b) => b[by] - a[by]);
+    list[0]?.el.parentNode.append(...list.map((latent) => latent.el));
+  };
   const remember = () => {
-    const hash = box.value ? "#q=" + encodeURIComponent(box.value) : "#latents";
+    const parts = [];
+    if (box.value) parts.push("q=" + encodeURIComponent(box.value));
+    if (sort.value !== "given") parts.push("sort=" + sort.value);
+    const hash = parts.length ? "#" + parts.join("&") : "#latents";
     try { history.replaceState(null, "", hash); } catch { /* some browsers forbid it for file:// */ }
   };
   const fromHash = () => {
-    if (!location.hash.startsWith("#q=")) return;
-    try { box.value = decodeURIComponent(location.hash.slice(3)); } catch { box.value = location.hash.slice(3); }
+    const link = /^#latent-(\d+)$/.exec(location.hash);
+    if (link) {  // a latent that the search hides is shown again
+      const found = latents.find((latent) => latent.index === link[1]);
+      if (found?.el.hidden) { box.value = ""; apply(); found.el.scrollIntoView(); }
+      return;
+    }
+    if (!/^#(q|sort)=/.test(location.hash)) return;
+    for (const part of location.hash.slice(1).split("&")) {
+      const at = part.indexOf("="), name = part.slice(0, at);
+      let value = part.slice(at + 1);
+      try { value = decodeURIComponent(value); } catch { /* as it is */ }
+      if (name === "q") box.value = value;
+      if (name === "sort" && [...sort.options].some((option) => option.value === value)) sort.value = value;
+    }
+    arrange();
     apply();
   };
 
@@ -63,6 +89,7 @@
   form.addEventListener("submit", (event) => event.preventDefault());
   box.addEventListener("input", () => { apply(); remember(); });
   only.addEventListener("change", apply);
+  sort.addEventListener("change", () => { arrange(); remember(); });
   window.addEventListener("hashchange", fromHash);
   apply();
   fromHash();
