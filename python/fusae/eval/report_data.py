@@ -22,8 +22,8 @@ _TESTS = {
     TEXT: lambda v: isinstance(v, str),
 }
 
-# A key that ends in "?" may be absent or null; the key `str` stands for any. These four are the whole of what the report
-# relies on.
+# A key that ends in "?" may be absent or null; the key `str` stands for any. These four are the whole of what the
+# report relies on.
 METRICS_ROW = {
     "step": COUNT,
     "tokens": COUNT,
