@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import hooks
+from ..data.kept import REASONS, RowFilter
 from ..data.progress import token_progress
 from .patching import Patcher
 
@@ -94,17 +95,17 @@ def loss_recovered(
     batch_size: int = 8,
     skip_positions: int = 2,
     outlier_factor: float | None = 10.0,
-    norm_limit: float | None = None,
-    drop_special: bool = False,
+    norm_limit: float | Sequence[float] | None = None,
+    drop_special: bool = True,
+    nonfinite: str = "stop",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Next-token cross-entropy and KL divergence of `model` with a reconstruction in place of a module's activations.
 
     Three passes over `chunks`: original; each row x at `module` replaced by ``reconstruct(x)``; each row replaced by
-    `mean`. Rows that the dictionary was not trained on keep their value in all three: the first `skip_positions`
-    positions of a chunk, special tokens (with `drop_special`), and rows whose norm exceeds the limit (attention sinks).
-    The averages are over all next-token predictions, but for those of padding and of special tokens. Blocks before
-    `module` are computed once.
+    `mean`. Rows that the dictionary was not trained on (`fusae.data.kept.RowFilter`: first positions, special tokens,
+    rows whose norm exceeds the limit) keep their value in all three. The averages are over all next-token predictions,
+    but for those of padding and of special tokens. Blocks before `module` are computed once.
 
     Args:
         model: a causal LM of `transformers` (called with ids ``[batch, ctx]``, returns ``.logits``).
@@ -113,12 +114,11 @@ def loss_recovered(
         reconstruct: maps rows ``[n, d]`` of the model's dtype to ``[n, d]``.
         chunks: held-out `fusae.data.TokenChunks`, or token ids ``[chunks, ctx]``.
         mean: ``[d]``, mean activation, e.g. ``ReconstructionMetrics.mean()`` of the held-out rows.
+        skip_positions, outlier_factor, drop_special, nonfinite: as the activations were collected.
         norm_limit: as `Activations.norm_limit`. None: `outlier_factor` times the median norm of the first batch.
-        outlier_factor: used without `norm_limit`; None lets every norm through to the dictionary.
 
     Returns:
-        `LossMetrics.result`, and ``passed_through``: rows that were not replaced, ``{"first_positions",
-        "norm_outliers", "special"}``.
+        `LossMetrics.result`, and ``passed_through``: rows that were not replaced, by reason.
 
     Raises `ValueError` or `TypeError` for a bad argument, a model without a language-model head, or if `reconstruct`
     returns another shape or a non-finite value.
@@ -127,7 +127,9 @@ def loss_recovered(
         raise ValueError(f"model: {reason}, so there is no loss to measure")
     chunks = hooks.check_chunks(chunks, model)
     ctx = chunks.shape[1]
-    hooks.check_row_options(ctx, skip_positions, outlier_factor)
+    limits = None if norm_limit is None else list(norm_limit if isinstance(norm_limit, Sequence) else [norm_limit])
+    kept = RowFilter(skip_positions, (outlier_factor or 10.0) if limits else outlier_factor, drop_special, nonfinite)
+    kept.check(ctx)
     if ctx < 2:
         raise ValueError("chunks must have at least 2 positions: there is no next token to predict")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -135,8 +137,7 @@ def loss_recovered(
     patcher = Patcher(model, module)
     device = hooks.device_of(model)
     metrics = LossMetrics()
-    passed = {"first_positions": 0, "norm_outliers": 0, "special": 0}
-    first_batch = True
+    passed = dict.fromkeys(REASONS[1:], 0)
     with token_progress(progress) as bar, hooks.evaluating(model):
         task = bar.add_task("loss recovered", total=chunks.tokens)
         for index in chunks.batches(batch_size):
@@ -148,16 +149,9 @@ def loss_recovered(
             hidden = torch.cat(parts, -1)
             if mean.shape != hidden.shape[-1:]:
                 raise ValueError(f"mean must have shape [{hidden.shape[-1]}], got {list(mean.shape)}")
-            if first_batch and norm_limit is None:
-                norm_limit = hooks.norm_limit_of(hidden, skip_positions, outlier_factor, mask)
-            first_batch = False
-            wanted = hooks.rows_to_use(hidden, skip_positions, None, mask)
-            passed["first_positions"] += int(in_use[:, :skip_positions].sum())
-            if drop_special:
-                passed["special"] += int((wanted & special).sum())
-                wanted &= ~special
-            use = wanted & hooks.rows_to_use(hidden, skip_positions, norm_limit, mask)
-            passed["norm_outliers"] += int((wanted & ~use).sum())
+            keep, counts, limits = kept(hidden, [part.shape[-1] for part in parts], chunks, index, limits)
+            use = keep.to(device)
+            passed = {reason: number + counts[reason] for reason, number in passed.items()}
             counted = in_use[:, 1:] & ~special[:, 1:]
             metrics.update("original", original, original, ids, counted)
             for name, rows in (("patched", _reconstruct(reconstruct, hidden[use])), ("mean_ablated", mean.to(hidden))):
