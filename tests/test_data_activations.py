@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collecting activations of a tiny random Llama, the files they lie in, and batches of them."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from fusae.data import Activations, collect, weights_sha256
+from fusae.data import Activations, TokenChunks, collect, weights_sha256
 
 transformers = pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
 MODULE = "model.layers.0"
+NOTHING = dict.fromkeys(("padding", "first_positions", "special", "nonfinite", "norm_outliers"), 0)
 
 
 def tiny_model(layers=3, seed=0):
@@ -51,14 +53,15 @@ def run(model, chunks, path, **options):
 def test_equals_a_plain_hook_run(model, chunks, tmp_path, module):
     acts = run(model, chunks, tmp_path / "a", module=module, skip_positions=1, outlier_factor=None, dtype="float32")
     expected = plain_hook_run(model, chunks, module)[:, 1:].reshape(-1, 32)
-    torch.testing.assert_close(torch.from_numpy(np.array(acts.rows)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(acts.take(slice(None)), expected, rtol=1e-5, atol=1e-6)
     grid = [(c, p) for c in range(20) for p in range(1, 16)]
     assert acts.positions.tolist() == [list(pair) for pair in grid]
-    assert acts.shape == (300, 32) and acts.dropped == {"first_positions": 20, "norm_outliers": 0}
+    assert acts.shape == (300, 32) and acts.dropped == NOTHING | {"first_positions": 20}
     torch.testing.assert_close(acts.mean(), expected.double().mean(0), rtol=1e-6, atol=1e-7)
     half = run(model, chunks, tmp_path / "half", module=module, skip_positions=1, outlier_factor=None)
-    assert half.rows.dtype == np.float16
-    np.testing.assert_array_equal(half.rows, np.array(acts.rows).astype(np.float16))
+    stored = np.load(tmp_path / "half" / "rows-00000.npy")
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, acts.take(slice(None)).numpy().astype(np.float16))
 
 
 def test_later_blocks_do_not_run(model, chunks, tmp_path):
@@ -81,7 +84,7 @@ def test_sinks_are_dropped_and_counted(model, chunks, tmp_path):
     acts = run(model, chunks, tmp_path / "a", skip_positions=2)
     sinks = chunks[:, 2:] == 7
     assert sinks.sum() > 0
-    assert acts.dropped == {"first_positions": 40, "norm_outliers": int(sinks.sum())}
+    assert acts.dropped == NOTHING | {"first_positions": 40, "norm_outliers": int(sinks.sum())}
     assert len(acts) == sinks.size - sinks.sum()
     where = np.asarray(acts.positions)
     assert (where[:, 1] >= 2).all() and not (chunks[where[:, 0], where[:, 1]] == 7).any()
@@ -109,28 +112,20 @@ def test_interrupted_and_resumed_equals_uninterrupted(model, chunks, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(_Interrupt(model, 3), chunks, tmp_path / "part", module=module)
     meta = json.loads((tmp_path / "part" / "activations.json").read_text())
-    assert not meta["complete"] and meta["cursor"] == {"chunks": 8}
+    assert not meta["complete"] and meta["rows"] == 8 * 14
+    assert (meta["cursor"]["batches"], meta["cursor"]["chunks"]) == (2, 8)
     with pytest.raises(ValueError, match="unfinished .8 of 20 chunks."):
         Activations(tmp_path / "part")
-    with open(tmp_path / "part" / "rows.npy", "ab") as file:
+    with open(tmp_path / "part" / "rows-00000.npy.part", "ab") as file:
         file.write(b"left over by a run that was killed" * 1000)  # more than what is still to come
     rest = _Interrupt(model, 0)
     run(rest, chunks, tmp_path / "part", module=module)
     assert rest.calls == 3  # 12 of 20 chunks were left
-    for name in ("rows.npy", "positions.npy", "activations.json"):
+    names = ["activations.json", "positions-00000.npy", "rows-00000.npy"]
+    assert sorted(file.name for file in (tmp_path / "part").iterdir()) == names
+    for name in names:
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert Activations(tmp_path / "part").dropped == whole.dropped
-
-
-def test_resuming_with_lost_bytes_is_refused(model, chunks, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        run(_Interrupt(model, 3), chunks, tmp_path / "a", module=f"inner.{MODULE}")
-    with open(tmp_path / "a" / "rows.npy", "r+b") as file:
-        file.truncate(500)
-    again = _Interrupt(model, 0)
-    with pytest.raises(ValueError, match="rows.npy is shorter"):
-        run(again, chunks, tmp_path / "a", module=f"inner.{MODULE}")
-    assert len(run(again, chunks, tmp_path / "a", module=f"inner.{MODULE}", overwrite=True)) == 20 * 14
 
 
 def test_interrupted_before_the_first_batch_starts_anew(model, chunks, tmp_path):
@@ -144,6 +139,8 @@ def test_reused_for_the_same_inputs_only(model, chunks, tmp_path):
     never = tiny_model()
     never.forward = None  # a forward pass would fail
     assert len(run(never, chunks.astype(np.int64), tmp_path / "a", batch_size=7)) == 20 * 14
+    special = dataclasses.replace(TokenChunks.of(chunks), special=(7,))
+    assert len(run(never, special, tmp_path / "a", drop_special=False)) == 20 * 14
     other_chunks = chunks.copy()
     other_chunks[3, 3] ^= 1
     other_model = tiny_model()
@@ -157,35 +154,13 @@ def test_reused_for_the_same_inputs_only(model, chunks, tmp_path):
         ({"skip_positions": 1}, "skip_positions 2 .now 1."),
         ({"outlier_factor": 5.0}, "outlier_factor"),
         ({"dtype": "float32"}, "dtype"),
+        ({"chunks": special}, r"special .. .now .7.."),
     ):
         arguments = {"model": model, "chunks": chunks, "path": tmp_path / "a", **changed}
         with pytest.raises(ValueError, match=f"other inputs: .*{says}"):
             run(**arguments)
     replaced = run(model, chunks[:19], tmp_path / "a", overwrite=True)
     assert len(replaced) == 19 * 14
-
-
-def test_damaged_files_are_refused(model, chunks, tmp_path):
-    path = tmp_path / "a"
-    run(model, chunks, path)
-    rows = (path / "rows.npy").read_bytes()
-    (path / "rows.npy").write_bytes(rows[:-10])
-    with pytest.raises(ValueError, match="rows.npy is missing, truncated or damaged"):
-        Activations(path)
-    (path / "rows.npy").write_bytes(rows[:-1] + bytes([rows[-1] ^ 1]))
-    with pytest.raises(ValueError, match="rows.npy has sha256"):
-        run(model, chunks, path)
-    assert Activations(path, verify=False).shape == (280, 32)
-    assert (run(model, chunks, path, overwrite=True).path / "rows.npy").read_bytes() == rows
-    (path / "positions.npy").unlink()
-    with pytest.raises(ValueError, match="positions.npy is missing"):
-        Activations(path)
-    for content in ("{", '{"format": "other"}', "[]"):
-        (path / "activations.json").write_text(content)
-        with pytest.raises(ValueError, match="damaged or of another format"):
-            Activations(path)
-    with pytest.raises(FileNotFoundError, match="holds no activations"):
-        Activations(tmp_path / "nothing")
 
 
 def test_bad_arguments(model, chunks, tmp_path):
@@ -197,7 +172,9 @@ def test_bad_arguments(model, chunks, tmp_path):
         ({"chunks": chunks + 60}, ValueError, "vocabulary has 64"),
         ({"skip_positions": 16}, ValueError, "skip_positions must lie in 0..15"),
         ({"outlier_factor": float("nan")}, ValueError, "outlier_factor"),
-        ({"dtype": "bfloat16"}, ValueError, "dtype must be 'float16' or 'float32'"),
+        ({"dtype": "float64"}, ValueError, "dtype must be one of 'float32', 'float16', 'bfloat16', 'int8', got 'float64'"),
+        ({"shard_rows": 0}, ValueError, "shard_rows must be an integer of at least 1, or None, got 0"),
+        ({"nonfinite": "keep"}, ValueError, "nonfinite must be 'stop' or 'drop', got 'keep'"),
         ({"batch_size": 0}, ValueError, "batch_size"),
     ):
         arguments = {"model": model, "chunks": chunks, "path": tmp_path / "a", **options}
@@ -209,9 +186,10 @@ def test_values_beyond_float16(chunks, tmp_path):
     model = tiny_model()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1e6)
-    with pytest.raises(ValueError, match="does not fit float16"):
+    with pytest.raises(ValueError, match=r"does not fit float16 .65504.; pass dtype='bfloat16' or 'float32'"):
         run(model, chunks, tmp_path / "a")
-    assert np.isfinite(run(model, chunks, tmp_path / "b", dtype="float32").rows).all()
+    for dtype in ("bfloat16", "float32", "int8"):
+        assert run(model, chunks, tmp_path / dtype, dtype=dtype).take(slice(None)).isfinite().all()
 
 
 def test_weights_sha256_sees_any_change_and_shared_weights():
