@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.activations import META, Activations, Batches
+from ..data import Activations, ActivationStream, Batches
+from ..data.activations import META
 
 # Rows that stand for all others in the fingerprint: enough to tell two data sets apart, quick on a large file.
 _SAMPLED = 512
@@ -37,7 +38,7 @@ class Rows:
         self.name = name
         self.shape = (int(rows.shape[0]), int(rows.shape[1]))
         # `Batches` identifies its data by this sum, so that a run is not resumed on other data.
-        self.meta = {"sha256": {"rows.npy": self._fingerprint()}}
+        self.fingerprint = self._fingerprint()
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -98,12 +99,12 @@ def open_data(data: Any) -> Any:
 def describe(source: Any) -> dict[str, Any]:
     """What config.json says about the data: plain values."""
     about: dict[str, Any] = {"rows": source.shape[0], "d": source.shape[1]}
-    if isinstance(source, Activations):
-        about["path"] = str(source.path.resolve())
-        inputs = source.meta.get("inputs", {})
-        about["model"] = inputs.get("source")
-        about.update({k: v for k, v in inputs.items() if isinstance(v, (str, int, float, bool))})
-        about["dropped"] = source.dropped
+    if isinstance(source, (Activations, ActivationStream)):
+        about["model"] = source.inputs["source"]
+        about.update({k: v for k, v in source.inputs.items() if isinstance(v, (str, int, float, bool))})
+        about["sites"] = source.sites
+        if isinstance(source, Activations):
+            about |= {"path": str(source.path.resolve()), "dropped": source.dropped, "storage": source.storage}
     elif isinstance(source, Rows) and Path(source.name).suffix == ".npy":
         about["path"] = str(Path(source.name).resolve())
     return about
