@@ -1,214 +1,218 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a causal language model from a local GGUF file or a local Hugging Face folder. No network."""
+"""Load a language model from a local GGUF file or a local Hugging Face folder. No network, no code from the folder."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _INSTALL = "pip install 'fusae[lm]'"
+_DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 class LoadedModel(NamedTuple):
-    """A `transformers` causal LM in eval mode, its `tokenizers.Tokenizer`, and a name to report."""
+    """A `transformers` model in eval mode and what belongs to it.
+
+    Attributes:
+        model: called with ids ``[batch, ctx]``.
+        tokenizer: its `tokenizers.Tokenizer`.
+        name: to report.
+        kind: ``"causal"``: predicts the next token, so it has a loss; ``"encoder"``: hidden states only.
+        bos: the token that the folder or file names as the first of a text, or None.
+    """
 
     model: torch.nn.Module
     tokenizer: Tokenizer
     name: str
+    kind: Literal["causal", "encoder"] = "causal"
+    bos: str | None = None
 
 
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    """Load a causal LM and its tokenizer.
+def load_model(
+    path: str | Path, dtype: torch.dtype | str = torch.float32, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """Load a language model and its tokenizer.
 
     Args:
         path: a ``.gguf`` file (architecture llama, byte-level BPE tokenizer; quantised weights are dequantised), or a
-            folder as `save_pretrained` writes it (any architecture of `AutoModelForCausalLM`, with a fast tokenizer).
-        dtype: of the weights.
+            folder as `save_pretrained` writes it: safetensors in one or several files, with a fast tokenizer. Its
+            ``config.json`` says what it is: a causal LM is any architecture of `AutoModelForCausalLM`; everything else
+            (BERT and its like; the encoder of T5; a decoder saved without its head) is loaded by `AutoModel` as an
+            encoder.
+        dtype: of the weights: ``torch.float32``, ``torch.bfloat16``, ``torch.float16``, or their names; ``"auto"``:
+            as saved (GGUF: float32).
+        device: where the model goes.
 
-    The residual stream after b blocks of a Llama model is the output of the module ``model.layers.{b-1}``.
+    The residual stream after b blocks of a Llama model is the output of the module ``model.layers.{b-1}``;
+    `fusae.data.sites` lists such places.
 
     Raises:
         FileNotFoundError: nothing at `path`.
-        ValueError: not a GGUF file, truncated, or of a kind that is not supported (the message says which).
+        ValueError: not a GGUF file or model folder, truncated, weights in pickle files or missing, no tokenizer, or of
+            a kind that is not supported (the message says which).
         ModuleNotFoundError: `transformers`, `tokenizers` or `gguf` is not installed.
     """
     path = Path(path)
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if path.is_dir():
-        return _load_folder(path, dtype)
-    if not path.exists():
+        loaded = _load_folder(path, name)
+    elif path.exists():
+        from .gguf import load_gguf
+
+        loaded = load_gguf(path, torch.float32 if name == "auto" else getattr(torch, name))
+    else:
         raise FileNotFoundError(
             f"path: no file or folder at {path} (only local models are read; nothing is downloaded)"
         )
-    return _load_gguf(path, dtype)
+    return loaded._replace(model=loaded.model.to(device))
 
 
-def _load_folder(path: Path, dtype: torch.dtype) -> LoadedModel:
-    transformers = _require("transformers")
-    if not (path / "config.json").exists():
-        raise ValueError(f"path: {path} holds no config.json, so it is no Hugging Face model folder")
-    with _quiet(transformers):
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+def _load_folder(path: Path, dtype: str) -> LoadedModel:
+    transformers = require("transformers")
+    auto, kind = _class_for(transformers, path)
+    _check_weights(path)
+    options = {"local_files_only": True, "trust_remote_code": False}
+    with quiet(transformers):
+        with _said(f"path: {path} cannot be loaded as a model"):
+            model, info = auto.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+        # A pooler is no part of the hidden states, and checkpoints of masked LMs lack it.
+        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
+        if missing:
+            raise ValueError(
+                f"path: the weights in {path} do not make up a {type(model).__name__}: {len(missing)} are missing, "
+                f"such as {missing[0]}"
+            )
+        if model.main_input_name != "input_ids":
+            raise ValueError(
+                f"path: {path} holds a {type(model).__name__}, which takes {model.main_input_name}, not text"
+            )
+        if not any((path / name).exists() for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"path: {path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it there with "
+                "tokenizer.save_pretrained"
+            )
+        with _said(f"path: the tokenizer of {path} cannot be loaded"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         raise ValueError(
             f"path: the tokenizer of {path} has no fast form ({type(tokenizer).__name__}); add a tokenizer.json"
         )
-    return LoadedModel(model.eval(), fast, path.resolve().name)
+    bos = tokenizer.bos_token or tokenizer.cls_token
+    return LoadedModel(model.eval(), fast, path.resolve().name, kind, bos)
 
 
-# --- GGUF ------------------------------------------------------------------------------------------------------------
-
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tokenizer.tiktoken",
+)  # fmt: skip
 
 
-def _load_gguf(path: Path, dtype: torch.dtype) -> LoadedModel:
-    gguf, transformers = _require("gguf"), _require("transformers")
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ValueError(f"path: {path} is no GGUF file (it starts with {magic!r}, not b'GGUF')")
-    try:
-        reader = gguf.GGUFReader(str(path))
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise ValueError(f"path: {path} is damaged or truncated ({type(error).__name__}: {error})") from error
+def _class_for(transformers: Any, path: Path) -> tuple[Any, Literal["causal", "encoder"]]:
+    """The Auto class that reads the folder, by its config.json alone."""
+    from transformers.models.auto import configuration_auto, modeling_auto
 
-    meta = _Metadata(path, {name: field for name, field in reader.fields.items()})
-    architecture = meta.get("general.architecture")
-    if architecture != "llama":
+    if not (path / "config.json").exists():
+        raise ValueError(f"path: {path} holds no config.json, so it is no Hugging Face model folder")
+    config = _json(path / "config.json")
+    model_type, architectures = config.get("model_type"), config.get("architectures") or []
+    if model_type not in configuration_auto.CONFIG_MAPPING_NAMES:
         raise ValueError(
-            f"path: {path} holds architecture {architecture!r}; GGUF files are read for 'llama' only. "
-            "Use a Hugging Face folder for other models."
+            f"path: {path} holds a model of type {model_type!r} ({', '.join(map(str, architectures)) or 'unnamed'}), "
+            f"which transformers {transformers.__version__} does not know; code in the folder is not run"
         )
-    if meta.get("llama.rope.scaling.type", "none") != "none" or meta.get("llama.expert_count", 0):
-        raise ValueError(f"path: {path} uses rotary scaling or experts, which are not supported from GGUF")
-
-    heads, kv_heads = meta.get("llama.attention.head_count"), meta.get("llama.attention.head_count_kv")
-    state = {}
-    for tensor in reader.tensors:
-        name = _parameter_name(path, tensor.name)
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if name.endswith("q_proj.weight"):
-            weight = _rotate_half_order(weight, heads)
-        elif name.endswith("k_proj.weight"):
-            weight = _rotate_half_order(weight, kv_heads)
-        # A copy where needed: unquantised tensors are views of the read-only file.
-        state[name] = torch.from_numpy(np.require(weight, requirements=["C", "W"])).to(dtype)
-
-    tokenizer = _tokenizer(path, meta)
-    width = meta.get("llama.embedding_length")
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=width,
-        intermediate_size=meta.get("llama.feed_forward_length"),
-        num_hidden_layers=meta.get("llama.block_count"),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=meta.get("llama.attention.key_length", width // heads),
-        max_position_embeddings=meta.get("llama.context_length"),
-        rms_norm_eps=meta.get("llama.attention.layer_norm_rms_epsilon"),
-        rope_parameters={"rope_type": "default", "rope_theta": meta.get("llama.rope.freq_base", 10000.0)},
-        tie_word_embeddings="lm_head.weight" not in state,
-        bos_token_id=meta.get("tokenizer.ggml.bos_token_id", None),
-        eos_token_id=meta.get("tokenizer.ggml.eos_token_id", None),
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if architectures:
+        is_causal = causal is not None and architectures[0] in ((causal,) if isinstance(causal, str) else causal)
+    else:
+        is_causal = causal is not None and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_causal:
+        return transformers.AutoModelForCausalLM, "causal"
+    if not config.get("is_encoder_decoder"):
+        return transformers.AutoModel, "encoder"
+    if model_type in modeling_auto.MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES:
+        return transformers.AutoModelForTextEncoding, "encoder"
+    raise ValueError(
+        f"path: {path} holds an encoder-decoder of type {model_type!r}, whose encoder transformers cannot load alone"
     )
-    with _quiet(transformers):
-        # With a state dict in hand, from_pretrained builds the model empty and takes the tensors as they are.
-        model, info = transformers.LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
-        )
-    if info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"]:
-        raise ValueError(f"path: the tensors of {path} do not make up a Llama model: {info}")
-    return LoadedModel(model.eval(), tokenizer, path.stem)
 
 
-class _Metadata:
-    def __init__(self, path: Path, fields: dict[str, Any]) -> None:
-        self._path, self._fields = path, fields
-
-    def get(self, key: str, *default: Any) -> Any:
-        if key in self._fields:
-            return self._fields[key].contents()
-        if default:
-            return default[0]
-        raise ValueError(f"path: {self._path} has no metadata {key!r}")
-
-
-def _parameter_name(path: Path, name: str) -> str:
-    parts = name.split(".")
-    if parts[-1] == "weight":
-        if len(parts) == 2 and parts[0] in _TOP:
-            return f"{_TOP[parts[0]]}.weight"
-        if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK:
-            return f"model.layers.{parts[1]}.{_BLOCK[parts[2]]}.weight"
-    raise ValueError(f"path: {path} holds a tensor {name!r}, which a plain Llama model does not have; not supported")
-
-
-def _rotate_half_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a query or key projection, from llama.cpp's order to the one transformers wants.
-
-    llama.cpp rotates neighbouring rows (2i, 2i + 1) of a head, transformers rotates rows (i, i + head_dim / 2), so GGUF
-    files of the llama architecture hold these two projections with their rows interleaved.
-    """
-    rows, width = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2).reshape(rows, width)
+def _check_weights(path: Path) -> None:
+    """All files of weights are there and whole, by their headers; `ValueError` names the one that is not."""
+    index = path / "model.safetensors.index.json"
+    if (path / "model.safetensors").exists():
+        names = ["model.safetensors"]
+    elif index.exists():
+        parts = _json(index).get("weight_map")
+        if not isinstance(parts, dict) or not parts:
+            raise ValueError(f"path: {index} has no weight_map, so which files hold the weights is not known")
+        names = sorted(set(parts.values()))
+    else:
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickled:
+            raise ValueError(
+                f"path: the weights of {path} are in pickle files ({', '.join(pickled[:3])}), which can run code when "
+                "read; convert them to safetensors first (model.save_pretrained where the source is trusted)"
+            )
+        raise ValueError(f"path: {path} holds no model.safetensors (nor its index), so it has no weights")
+    for name in names:
+        if not (path / name).exists():
+            raise ValueError(f"path: {path / name} is missing; {index.name} lists {len(names)} files")
+        _check_safetensors(path / name)
 
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+def _check_safetensors(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if length <= size else b""
+    if start == b"version ":
+        raise ValueError(f"path: {path} is a pointer of Git LFS, not the weights; get them with git lfs pull")
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"path: {path} is truncated or no safetensors file (its header cannot be read)") from error
+    if (wanted := 8 + length + max(ends, default=0)) != size:
+        raise ValueError(f"path: {path} is truncated or damaged: it has {size:,} bytes, its header says {wanted:,}")
 
 
-def _tokenizer(path: Path, meta: _Metadata) -> Tokenizer:
-    _require("tokenizers")
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    kind, split = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre", "default")
-    # What llama.cpp calls 'smollm' cuts out every digit (any Unicode number) before the GPT-2 pattern.
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    known = {
-        "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level]),
-        "gpt-2": lambda: byte_level,
-    }
-    if kind != "gpt2" or split not in known:
-        raise ValueError(
-            f"path: {path} has a tokenizer of kind {kind!r} with pre-tokenizer {split!r}; supported from GGUF: "
-            f"kind 'gpt2' (byte-level BPE) with {sorted(known)}. Use a Hugging Face folder for others."
-        )
-    tokens, types = meta.get("tokenizer.ggml.tokens"), meta.get("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in meta.get("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = known[split]()
-    tokenizer.decoder = decoders.ByteLevel()
-    for special in (True, False):
-        wanted = _CONTROL if special else _USER_DEFINED
-        added = [
-            AddedToken(t, special=special, normalized=False)
-            for t, kind in zip(tokens, types, strict=True)
-            if kind == wanted
-        ]
-        (tokenizer.add_special_tokens if special else tokenizer.add_tokens)(added)
-    return tokenizer
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"path: {path} is damaged ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"path: {path} is damaged (it holds no JSON object)")
+    return content
 
 
-def _require(name: str) -> Any:
+@contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Whatever a library raises about a file comes out as a `ValueError` that begins with `what`."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        raise ValueError(f"{what} ({type(error).__name__}: {lines[0]})") from error
+
+
+def require(name: str) -> Any:
+    """The module `name`, or `ModuleNotFoundError` that says how to install it."""
     import importlib
 
     try:
@@ -220,7 +224,7 @@ def _require(name: str) -> Any:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No 'Loading weights' bar: a load of a second is not worth one."""
     log = transformers.utils.logging
     shown = log.is_progress_bar_enabled()

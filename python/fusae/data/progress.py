@@ -20,6 +20,15 @@ class _TokenRate(ProgressColumn):
         return Text("- tokens/s" if speed is None else f"{speed:,.0f} tokens/s", style="progress.data.speed")
 
 
+class _TokenCount(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_count_of(task).rjust(9), style="progress.download")
+
+
+def _count_of(task: Task) -> str:
+    return f"{task.completed:,.0f}" + ("" if task.total is None else f"/{task.total:,.0f}")
+
+
 class _TokenProgress(Progress):
     """On a terminal a `rich` bar; elsewhere, where a bar cannot be redrawn, plain lines."""
 
@@ -35,20 +44,19 @@ class _TokenProgress(Progress):
         if self.disable or self.console.is_terminal or now - self._last_line < _LINE_EVERY or not task.speed:
             return
         self._last_line = now
-        left = (task.total - task.completed) / task.speed
-        self.console.print(
-            f"{task.description} {task.completed:,.0f}/{task.total:,.0f}  "
-            f"{task.speed:,.0f} tokens/s  left {left:,.0f} s",
-            highlight=False,
-        )
+        left = "" if task.total is None else f"  left {(task.total - task.completed) / task.speed:,.0f} s"
+        self.console.print(f"{task.description} {_count_of(task)}  {task.speed:,.0f} tokens/s{left}", highlight=False)
 
 
 def token_progress(enabled: bool = True) -> Progress:
-    """A `rich.progress.Progress` on stderr, counted in tokens; a context manager. Silent when `enabled` is false."""
+    """A `rich.progress.Progress` on stderr, counted in tokens; a context manager. Silent when `enabled` is false.
+
+    A task with ``total=None`` (no end known) counts up.
+    """
     return _TokenProgress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:>9,.0f}/{task.total:,.0f}"),
+        _TokenCount(),
         _TokenRate(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -4,89 +4,166 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import hashlib
 import io
 import json
+import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, Any, Literal
 
-import numpy as np
+from . import arrow
 
-from .tokens import TokenChunks
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-_SUFFIXES = (".csv", ".jsonl", ".txt")
+_PLAIN = (".csv", ".jsonl", ".txt")
+_SUFFIXES = (*_PLAIN, *(f"{suffix}.gz" for suffix in _PLAIN), *arrow.SUFFIXES)
+_KINDS = f"{', '.join(_PLAIN)} (or these with .gz), {', '.join(arrow.SUFFIXES)}"
 
 
-def iter_documents(path: str | Path, column: str = "text") -> Iterator[str]:
-    """Documents of a file, in its order; blank ones are left out.
+def iter_documents(path: str | Path, column: str = "text", split: str | None = None) -> Iterator[str]:
+    """Documents of a file, a folder or a data set, in their order, one at a time; blank ones are left out.
 
     Args:
-        path: a ``.csv`` or ``.jsonl`` file (one document a row, in `column`), a ``.txt`` file (one document), or a
-            ``.zip`` or a folder of such files (in the order of their names). UTF-8.
-        column: the column (csv) or key (jsonl) that holds the text.
+        path: a ``.csv`` or ``.jsonl`` file (one document a row, in `column`), a ``.txt`` file (one document), each also
+            as ``.gz``; a ``.parquet`` or ``.arrow`` file; a ``.zip`` of text files; a folder of such files (in the
+            order of their names; hidden ones are passed over); or a Hugging Face data set on disk, as ``save_to_disk``
+            writes it or from the cache. UTF-8.
+        column: the column (csv, Parquet, Arrow) or key (jsonl) that holds the text.
+        split: which split of a data set. In a folder of files: those in a folder of that name, and those named
+            ``train.jsonl``, ``train-00000-of-00002.parquet`` and the like. None: all there is, where that is one split
+            or a folder of files.
 
-    Raises `FileNotFoundError`, or `ValueError` for another kind of file, a missing column or a damaged zip.
+    Raises `FileNotFoundError`, `ModuleNotFoundError` without pyarrow where it is needed, or `ValueError` for another
+    kind of file, a missing column or split, a damaged file, or one without any text. Errors name the file; they come
+    when it is read.
     """
-    path = Path(path)
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix in _SUFFIXES)
-        if not files:
-            raise ValueError(f"path: no {', '.join(_SUFFIXES)} file in {path}")
-        for file in files:
-            yield from iter_documents(file, column)
+    rows, found = 0, False
+    for rows, document in enumerate(_iter_texts(Path(path), column, split), 1):  # noqa: B007
+        if document and document.strip():
+            found = True
+            yield document
+    if not found:
+        raise ValueError(f"path: {path} holds no text: {rows} rows (column {column!r}), all of them blank")
+
+
+def _iter_texts(path: Path, column: str, split: str | None) -> Iterator[str | None]:
+    if path.is_dir() and arrow.is_dataset(path):
+        yield from arrow.iter_dataset(path, column, split)
+    elif path.is_dir():
+        for file in _files_of(path, split):
+            yield from _iter_file(file, column)
     elif not path.exists():
         raise FileNotFoundError(f"path: no file or folder at {path}")
+    elif split is not None:
+        raise ValueError(f"split: {path} is one file, which has no splits, got {split!r}; leave it out")
     elif path.suffix == ".zip":
         yield from _iter_zip(path, column)
-    elif path.suffix in _SUFFIXES:
+    elif path.name.endswith(_SUFFIXES):
+        yield from _iter_file(path, column)
+    else:
+        raise ValueError(f"path: {path} must end in {_KINDS} or .zip, or be a folder")
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    files = {file.relative_to(folder): file for file in folder.rglob("*") if file.name.endswith(_SUFFIXES)}
+    files = {name: file for name, file in files.items() if file.is_file() and not _is_hidden(name.parts)}
+    if not files:
+        raise ValueError(f"path: no {_KINDS} file in {folder}")
+    if split is not None:
+        of_split = re.compile(rf"{re.escape(split)}([-_.].*)?")
+        chosen = {n: f for n, f in files.items() if split in n.parts[:-1] or of_split.fullmatch(n.name)}
+        if not chosen:
+            raise ValueError(f"split: no file of {folder} is of the split {split!r}; it has {_some(files)}")
+        files = chosen
+    return [files[name] for name in sorted(files)]
+
+
+def _is_hidden(parts: tuple[str, ...]) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in parts)
+
+
+def _some(names: Iterable[Any]) -> str:
+    listed = sorted(map(str, names))
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _iter_file(path: Path, column: str) -> Iterator[str | None]:
+    if path.suffix in arrow.SUFFIXES:
+        yield from arrow.iter_file(path, column)
+    else:
         with open(path, "rb") as file:
             yield from _parse(file, str(path), column)
-    else:
-        raise ValueError(f"path: {path} must end in {', '.join(_SUFFIXES)} or .zip, or be a folder")
 
 
-def _iter_zip(path: Path, column: str) -> Iterator[str]:
+def _iter_zip(path: Path, column: str) -> Iterator[str | None]:
+    suffixes = tuple(suffix for suffix in _SUFFIXES if suffix not in arrow.SUFFIXES)
     try:
         with zipfile.ZipFile(path) as archive:
-            names = sorted(name for name in archive.namelist() if name.endswith(_SUFFIXES))
+            every = archive.namelist()
+            names = sorted(n for n in every if n.endswith(suffixes) and not _is_hidden(Path(n).parts))
             if not names:
-                raise ValueError(f"path: no {', '.join(_SUFFIXES)} file in {path}")
+                raise ValueError(f"path: no {', '.join(suffixes)} file in {path}; it has {_some(every) or 'nothing'}")
             for name in names:
                 with archive.open(name) as file:
                     yield from _parse(file, f"{path}/{name}", column)
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise ValueError(f"path: {path} is no zip file or is damaged ({error})") from error
+    except (RuntimeError, NotImplementedError) as error:  # a password, or a rare compression
+        raise ValueError(f"path: {path} cannot be unpacked ({error})") from error
 
 
-def _parse(file: IO[bytes], name: str, column: str) -> Iterator[str]:
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+def _parse(file: IO[bytes], name: str, column: str) -> Iterator[str | None]:
+    kind = Path(name.removesuffix(".gz")).suffix
+    source = gzip.GzipFile(fileobj=file) if name.endswith(".gz") else file
+    text = io.TextIOWrapper(source, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
     try:
-        if name.endswith(".txt"):
-            rows = iter([text.read()])
-        elif name.endswith(".jsonl"):
-            rows = (json.loads(line)[column] for line in text if line.strip())
+        if kind == ".txt":
+            yield text.read()
+        elif kind == ".jsonl":
+            yield from _parse_jsonl(text, name, column)
         else:
             csv.field_size_limit(1 << 30)  # the default, 128 KiB, is shorter than some articles
             reader = csv.DictReader(text)
             if column not in (reader.fieldnames or ()):
                 raise ValueError(f"column: {name} has no column {column!r}; it has {reader.fieldnames}")
-            rows = (row[column] for row in reader)
-        for document in rows:
-            if document and document.strip():
-                yield document
-    except KeyError as error:
-        raise ValueError(f"column: a line of {name} has no key {error}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+            for row in reader:
+                yield row[column]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"path: {name} is damaged or not UTF-8 text ({error})") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        if source is file:
+            raise
+        raise ValueError(f"path: {name} is no gzip file, truncated or damaged ({error})") from error
+
+
+def _parse_jsonl(lines: Iterable[str], name: str, column: str) -> Iterator[str | None]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"path: line {number} of {name} is damaged ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"path: line {number} of {name} must be an object, got a {type(row).__name__}")
+        if column not in row:
+            raise ValueError(f"column: line {number} of {name} has no key {column!r}; it has {list(row)}")
+        if not isinstance(row[column], str | None):
+            raise ValueError(
+                f"column: {column!r} in line {number} of {name} must be a string, got a {type(row[column]).__name__}"
+            )
+        yield row[column]
 
 
 def _digest(document: str) -> bytes:
     return hashlib.sha1(document.encode("utf-8", "surrogatepass")).digest()
+
+
+def _number(digest: bytes) -> int:
+    """The first 8 bytes of a sha1, as a number below 2⁶⁴."""
+    return int.from_bytes(digest[:8], "big")
 
 
 def is_held_out(document: str, share: float = 0.05) -> bool:
@@ -96,7 +173,7 @@ def is_held_out(document: str, share: float = 0.05) -> bool:
     It depends on the document alone, so a text keeps its side when a corpus grows, and two copies land on the same
     side.
     """
-    return int.from_bytes(_digest(document)[:8], "big") < share * 2**64
+    return _number(_digest(document)) < share * 2**64
 
 
 def split_documents(documents: Iterable[str], held_out_share: float = 0.05) -> tuple[list[str], list[str]]:
@@ -104,8 +181,7 @@ def split_documents(documents: Iterable[str], held_out_share: float = 0.05) -> t
 
     That order is a shuffle that needs no seed, so the first documents of a part are a fair sample of it.
     """
-    if not 0.0 <= held_out_share <= 1.0:
-        raise ValueError(f"held_out_share must lie in 0..1, got {held_out_share}")
+    _check_share(held_out_share)
     unique = {_digest(document): document for document in documents}
     parts: tuple[list[str], list[str]] = ([], [])
     for digest in sorted(unique):
@@ -113,57 +189,29 @@ def split_documents(documents: Iterable[str], held_out_share: float = 0.05) -> t
     return parts
 
 
-def tokenize(
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    ctx: int = 128,
-    separator: str | None = "<|endoftext|>",
-    limit: int | None = None,
-) -> TokenChunks:
-    """`TokenChunks` ``[chunks, ctx]``, uint16 where the vocabulary fits, else int32.
+def iter_part(
+    documents: Iterable[str], part: Literal["train", "held_out"], held_out_share: float = 0.05
+) -> Iterator[str]:
+    """The documents of one part of `split_documents`, as a stream: in their own order, exact duplicates left out.
 
-    Each document is cut into pieces of ``ctx - 1`` tokens and `separator` is put before each, so position 0 of every
-    chunk is the same token: models use the first position as an attention sink, and it is dropped later. A chunk never
-    mixes two documents; what is left at a document's end (less than a piece) is not used. With ``separator=None``
-    pieces are `ctx` long.
-
-    Args:
-        limit: stop after so many chunks.
-
-    Raises `ValueError` for ``ctx < 2``, a separator that is no token of the vocabulary, or text too short for one
-    chunk.
+    For texts that do not fit into memory: only 8 bytes of each document's sha1 are kept (about 100 bytes of memory a
+    document).
     """
-    if ctx < 2:
-        raise ValueError(f"ctx must be at least 2, got {ctx}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 or None, got {limit}")
-    head: list[int] = []
-    if separator is not None:
-        token = tokenizer.token_to_id(separator)
-        if token is None:
-            raise ValueError(f"separator: {separator!r} is no token of this vocabulary; pass one that is, or None")
-        head = [token]
-    piece = ctx - len(head)
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.int32
-    chunks: list[np.ndarray] = []
-    for block in _blocks(documents, 64):
-        for encoding in tokenizer.encode_batch(block, add_special_tokens=False):
-            ids = encoding.ids
-            for start in range(0, len(ids) - piece + 1, piece):
-                chunks.append(np.asarray(head + ids[start : start + piece], dtype=dtype))
-        if limit is not None and len(chunks) >= limit:
-            break
-    if not chunks:
-        raise ValueError(f"documents: none of them has the {piece} tokens that one chunk of ctx {ctx} needs")
-    return TokenChunks(np.stack(chunks[:limit]), np.full(len(chunks[:limit]), ctx, np.int32), 0, tuple(head))
+    if part not in ("train", "held_out"):
+        raise ValueError(f"part must be 'train' or 'held_out', got {part!r}")
+    _check_share(held_out_share)
+    return _iter_part(documents, part == "held_out", held_out_share)
 
 
-def _blocks(documents: Iterable[str], size: int) -> Iterator[list[str]]:
-    block: list[str] = []
+def _iter_part(documents: Iterable[str], held_out: bool, share: float) -> Iterator[str]:
+    seen: set[int] = set()
     for document in documents:
-        block.append(document)
-        if len(block) == size:
-            yield block
-            block = []
-    if block:
-        yield block
+        number = _number(_digest(document))
+        if (number < share * 2**64) == held_out and number not in seen:
+            seen.add(number)
+            yield document
+
+
+def _check_share(held_out_share: float) -> None:
+    if not 0.0 <= held_out_share <= 1.0:
+        raise ValueError(f"held_out_share must lie in 0..1, got {held_out_share}")
