@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -43,13 +44,110 @@ Nesting nesting_of(const std::vector<int64_t>& prefixes, bool by_rank) {
   return {prefixes.data(), prefixes.empty() ? 1 : static_cast<int64_t>(prefixes.size()), by_rank};
 }
 
-void select_tile(uintptr_t tile, int dtype, int64_t stride, int64_t n, int64_t cols, int64_t first, uintptr_t bias,
-                 uintptr_t norms, uintptr_t mask, bool magnitude, const State& main, const State& aux, int threads) {
-  const SelectTileArgs args{ptr<void>(tile), static_cast<DType>(dtype), stride, n, cols, first,
-                            ptr<float>(bias), ptr<float>(norms), ptr<uint8_t>(mask), magnitude,
-                            state_of(main), state_of(aux), threads};
+// As the structs of the same name hold them; addresses first, the auxiliary selection and the threads last.
+using TileTuple = std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t, uintptr_t, uintptr_t, uintptr_t, bool,
+                             State, int>;
+using ProductsTuple = std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int64_t, int64_t, int, int64_t, int64_t, int64_t,
+                                 uintptr_t, uintptr_t, uintptr_t, bool, State, int>;
+
+ProductTile tile_of(const TileTuple& t) {
+  const auto& [tile, dtype, stride, n, cols, first, bias, norms, mask, magnitude, aux, threads] = t;
+  return {ptr<void>(tile), static_cast<DType>(dtype), stride, n, cols, first, ptr<float>(bias), ptr<float>(norms),
+          ptr<uint8_t>(mask), magnitude, state_of(aux), threads};
+}
+
+Products products_of(const ProductsTuple& p) {
+  const auto& [x, x_stride, x_step, weight, w_stride, w_step, dtype, n, d, m, bias, norms, mask, magnitude, aux,
+               threads] = p;
+  return {ptr<void>(x), x_stride, x_step, ptr<void>(weight), w_stride, w_step, static_cast<DType>(dtype), n, d, m,
+          ptr<float>(bias), ptr<float>(norms), ptr<uint8_t>(mask), magnitude, state_of(aux), threads};
+}
+
+// The lists of all rows of a batch. Their memory is the object's.
+struct RowLists {
+  explicit RowLists(int64_t n) : rows(static_cast<size_t>(n), RowList{nullptr, nullptr, 0, 0}) {}
+  ~RowLists() {
+    for (const RowList& list : rows) std::free(list.pre);
+  }
+  RowLists(const RowLists&) = delete;
+  RowLists& operator=(const RowLists&) = delete;
+  std::vector<RowList> rows;
+};
+
+void tile_topk(const TileTuple& tile, const State& main) {
   const py::gil_scoped_release release;
-  cpu::active().select_tile(args);
+  cpu::active().tile_topk(tile_of(tile), state_of(main));
+}
+
+void encode_topk(const ProductsTuple& products, const State& main) {
+  const py::gil_scoped_release release;
+  cpu::active().encode_topk(products_of(products), state_of(main));
+}
+
+void tile_group_max(const TileTuple& tile, uintptr_t pre, uintptr_t idx, int64_t k, int64_t size) {
+  const py::gil_scoped_release release;
+  cpu::active().tile_group_max(tile_of(tile), {ptr<float>(pre), ptr<int32_t>(idx), k, size});
+}
+
+void encode_group_max(const ProductsTuple& products, uintptr_t pre, uintptr_t idx, int64_t k, int64_t size) {
+  const py::gil_scoped_release release;
+  cpu::active().encode_group_max(products_of(products), {ptr<float>(pre), ptr<int32_t>(idx), k, size});
+}
+
+void tile_threshold(const TileTuple& tile, RowLists& lists, int64_t first_row, uintptr_t threshold, double half_window) {
+  const py::gil_scoped_release release;
+  cpu::active().tile_threshold(
+      tile_of(tile), {lists.rows.data() + first_row, ptr<float>(threshold), static_cast<float>(half_window)});
+}
+
+void encode_threshold(const ProductsTuple& products, RowLists& lists, int64_t first_row, uintptr_t threshold,
+                      double half_window) {
+  const py::gil_scoped_release release;
+  cpu::active().encode_threshold(
+      products_of(products), {lists.rows.data() + first_row, ptr<float>(threshold), static_cast<float>(half_window)});
+}
+
+BatchState batch_of(RowLists& lists, int64_t first_row, uintptr_t threshold, int64_t keep) {
+  return {lists.rows.data(), ptr<float>(threshold), static_cast<int64_t>(lists.rows.size()), keep, first_row};
+}
+
+void tile_batch_topk(const TileTuple& tile, RowLists& lists, int64_t first_row, uintptr_t threshold, int64_t keep) {
+  const py::gil_scoped_release release;
+  cpu::active().tile_batch_topk(tile_of(tile), batch_of(lists, first_row, threshold, keep));
+}
+
+void encode_batch_topk(const ProductsTuple& products, RowLists& lists, int64_t first_row, uintptr_t threshold,
+                       int64_t keep) {
+  const py::gil_scoped_release release;
+  cpu::active().encode_batch_topk(products_of(products), batch_of(lists, first_row, threshold, keep));
+}
+
+// Cuts the lists back to the `keep` best where they hold more than `most`.
+void batch_cut(RowLists& lists, uintptr_t threshold, int64_t keep, int64_t most, uintptr_t norms, int threads) {
+  const py::gil_scoped_release release;
+  int64_t total = 0;
+  for (const RowList& list : lists.rows) total += list.count;
+  if (total > most) cpu::active().batch_cut(batch_of(lists, 0, threshold, keep), ptr<float>(norms), threads);
+}
+
+float lists_offsets(const RowLists& lists, uintptr_t norms, bool relu, uintptr_t offsets) {
+  const py::gil_scoped_release release;
+  ListsArgs args{};
+  args.lists = lists.rows.data();
+  args.n = static_cast<int64_t>(lists.rows.size());
+  args.norms = ptr<float>(norms);
+  args.relu = relu;
+  args.offsets = ptr<int64_t>(offsets);
+  return cpu::active().lists_offsets(args);
+}
+
+void lists_write(const RowLists& lists, bool relu, uintptr_t offsets, uintptr_t values, int dtype, uintptr_t indices,
+                 int64_t capacity, uintptr_t threshold, double half_window, uintptr_t state, uintptr_t l0, int threads) {
+  const py::gil_scoped_release release;
+  cpu::active().lists_write({lists.rows.data(), static_cast<int64_t>(lists.rows.size()), nullptr, relu,
+                             ptr<int64_t>(offsets), ptr<void>(values), static_cast<DType>(dtype), ptr<int32_t>(indices),
+                             capacity, ptr<float>(threshold), static_cast<float>(half_window), ptr<uint8_t>(state),
+                             ptr<float>(l0), threads});
 }
 
 void select_finish(const State& state, int64_t n, int64_t m, uintptr_t norms, uintptr_t mask, bool magnitude, bool relu,
@@ -58,16 +156,6 @@ void select_finish(const State& state, int64_t n, int64_t m, uintptr_t norms, ui
                               ptr<void>(values), static_cast<DType>(dtype), ptr<int32_t>(indices), threads};
   const py::gil_scoped_release release;
   cpu::active().select_finish(args);
-}
-
-void encode_select(uintptr_t x, int64_t x_stride, int64_t x_step, uintptr_t weight, int64_t w_stride, int64_t w_step,
-                   int dtype, int64_t n, int64_t d, int64_t m, uintptr_t bias, uintptr_t norms, uintptr_t mask,
-                   bool magnitude, const State& main, const State& aux, int threads) {
-  const EncodeSelectArgs args{ptr<void>(x), x_stride, x_step, ptr<void>(weight), w_stride, w_step,
-                              static_cast<DType>(dtype), n, d, m, ptr<float>(bias), ptr<float>(norms),
-                              ptr<uint8_t>(mask), magnitude, state_of(main), state_of(aux), threads};
-  const py::gil_scoped_release release;
-  cpu::active().encode_select(args);
 }
 
 void decode(const CodesTuple& codes, uintptr_t weight, uintptr_t bias, uintptr_t out, int dtype, int64_t m, int64_t d,
@@ -134,9 +222,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", [](const std::string& name) { return cpu::set_active(name.c_str()); },
         "False, and no change, when the set is not compiled in or cannot run here");
   m.def("is_intel", &cpu::is_intel);
-  m.def("select_tile", &select_tile);
+  py::class_<RowLists>(m, "RowLists").def(py::init<int64_t>());
+  m.def("tile_topk", &tile_topk);
+  m.def("tile_group_max", &tile_group_max);
+  m.def("tile_threshold", &tile_threshold);
+  m.def("tile_batch_topk", &tile_batch_topk);
+  m.def("encode_topk", &encode_topk);
+  m.def("encode_group_max", &encode_group_max);
+  m.def("encode_threshold", &encode_threshold);
+  m.def("encode_batch_topk", &encode_batch_topk);
+  m.def("batch_cut", &batch_cut);
+  m.def("lists_offsets", &lists_offsets);
+  m.def("lists_write", &lists_write);
   m.def("select_finish", &select_finish);
-  m.def("encode_select", &encode_select);
   m.def("decode", &decode);
   m.def("decode_loss", &decode_loss);
   m.def("by_latent", &by_latent);

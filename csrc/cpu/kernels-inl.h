@@ -21,7 +21,9 @@ namespace {
 #include "cpu/simd.h"
 #include "cpu/elements-inl.h"
 #include "cpu/topk-inl.h"
+#include "cpu/encode_gemm-inl.h"
 #include "cpu/encode_topk-inl.h"
+#include "cpu/row_lists-inl.h"
 #include "cpu/decode-inl.h"
 #include "cpu/decode_loss-inl.h"
 #include "cpu/latent_pass-inl.h"
@@ -31,7 +33,9 @@ namespace {
 
 extern const Table table;
 const Table table = {
-    FUSAE_STRING(FUSAE_ISA), select_tile, select_finish, encode_select, decode, decode_loss, by_latent, latent_pass, adam_rows,
+    FUSAE_STRING(FUSAE_ISA), tile_topk, tile_group_max, tile_threshold, tile_batch_topk, encode_topk, encode_group_max,
+    encode_threshold, encode_batch_topk, select_finish, batch_cut, lists_offsets, lists_write, decode, decode_loss,
+    by_latent, latent_pass, adam_rows,
     fma_burst,
 };
 

@@ -20,6 +20,8 @@ inline V magnitude_of(V a) { return _mm512_abs_ps(a); }
 inline float sum(V a) { return _mm512_reduce_add_ps(a); }
 // Bits of the lanes where a > b or either is NaN.
 inline uint32_t not_le(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+// Bits of the lanes where a < b.
+inline uint32_t less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 // Bits of the lanes whose byte is not zero.
 inline uint32_t nonzero_bytes(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -96,6 +98,7 @@ inline float sum(V a) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 inline uint32_t not_le(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ))); }
+inline uint32_t less(V a, V b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ))); }
 inline uint32_t nonzero_bytes(const uint8_t* p) {
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return ~static_cast<uint32_t>(_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()))) & 0xff;
@@ -170,6 +173,11 @@ inline float sum(V a) {
 inline uint32_t not_le(V a, V b) {
   uint32_t bits = 0;
   FUSAE_LANES bits |= static_cast<uint32_t>(!(a.v[i] <= b.v[i])) << i;
+  return bits;
+}
+inline uint32_t less(V a, V b) {
+  uint32_t bits = 0;
+  FUSAE_LANES bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
   return bits;
 }
 inline uint32_t nonzero_bytes(const uint8_t* p) {

@@ -6,15 +6,19 @@
 
 constexpr int64_t BLOCK = 256;  // columns between two checks of a row's capacity
 
-// Unique key: order-preserving bits of the score (NaN highest, -0 as +0), then the lower index first.
+// Order-preserving bits of a score: NaN highest, -0 as +0; and back.
+inline uint32_t ordered(float score) {
+  const uint32_t u = bits_of(score + 0.0f);
+  return score != score ? 0xffffffffu : ((u & 0x80000000u) ? ~u : (u | 0x80000000u));
+}
+inline float score_at(uint32_t key) {
+  if (key == 0xffffffffu) return __builtin_nanf("");
+  return float_of((key & 0x80000000u) ? key & 0x7fffffffu : ~key);
+}
+
+// Unique key: the score, then the lower index first.
 inline uint64_t key_of(float score, int32_t index) {
-  uint32_t u = bits_of(score + 0.0f);
-  if (score != score) {
-    u = 0xffffffffu;
-  } else {
-    u = (u & 0x80000000u) ? ~u : (u | 0x80000000u);
-  }
-  return (static_cast<uint64_t>(u) << 32) | static_cast<uint32_t>(~index);
+  return (static_cast<uint64_t>(ordered(score)) << 32) | static_cast<uint32_t>(~index);
 }
 
 inline float score_of(float pre, int32_t index, const float* norms, bool magnitude) {
@@ -112,7 +116,7 @@ inline void select_block(const SelectState& s, int64_t row, const T* tile, int64
 }
 
 template <class T>
-inline void select_row(const SelectTileArgs& a, const SelectState& s, int64_t row, const uint8_t* mask, uint64_t* keys) {
+inline void select_row(const ProductTile& a, const SelectState& s, int64_t row, const uint8_t* mask, uint64_t* keys) {
   const T* tile = static_cast<const T*>(a.tile) + row * a.stride;
   for (int64_t c = 0; c < a.cols; c += BLOCK) {
     const int64_t width = a.cols - c < BLOCK ? a.cols - c : BLOCK;
@@ -123,16 +127,16 @@ inline void select_row(const SelectTileArgs& a, const SelectState& s, int64_t ro
   }
 }
 
-void select_tile(const SelectTileArgs& a) {
+void tile_topk(const ProductTile& a, const SelectState& main) {
   bool any_masked = false;
   for (int64_t c = 0; a.aux.k && c < a.cols && !any_masked; ++c) any_masked = a.mask[c] != 0;
-  const int64_t cap = a.aux.k && a.aux.cap > a.main.cap ? a.aux.cap : a.main.cap;
+  const int64_t cap = a.aux.k && a.aux.cap > main.cap ? a.aux.cap : main.cap;
   visit(a.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     parallel_for(a.n, 16, a.threads, [&](int64_t begin, int64_t end) {
       Scratch<uint64_t> keys(2 * cap);
       for (int64_t row = begin; row < end; ++row) {
-        select_row<T>(a, a.main, row, nullptr, keys.data);
+        select_row<T>(a, main, row, nullptr, keys.data);
         if (any_masked) select_row<T>(a, a.aux, row, a.mask, keys.data);
       }
     });

@@ -21,8 +21,9 @@ struct SelectState {
   int64_t k;
 };
 
-struct SelectTileArgs {
-  const void* tile;   // [n, cols] products x·W_encᵀ (or given pre-activations)
+// A tile of products x·W_encᵀ (or given pre-activations) in memory.
+struct ProductTile {
+  const void* tile;   // [n, cols]
   DType dtype;        // of tile
   int64_t stride;     // between rows of tile
   int64_t n, cols;
@@ -31,13 +32,12 @@ struct SelectTileArgs {
   const float* norms; // [m] or null: score = pre * norms
   const uint8_t* mask;  // [cols] of this tile, or null: for `aux`
   bool magnitude;     // score = |pre|
-  SelectState main;
-  SelectState aux;    // k == 0: none. Selects among mask != 0.
+  SelectState aux;    // k == 0: none. A top-k of its own, among mask != 0.
   int32_t threads;
 };
 
-// The same selection, of products x·weightᵀ that never leave the registers. Strides are of rows, steps of columns.
-struct EncodeSelectArgs {
+// Products x·weightᵀ that never leave the registers. Strides are of rows, steps of columns.
+struct Products {
   const void* x;  // [n, d]
   int64_t x_stride, x_step;
   const void* weight;  // [m, d]
@@ -48,7 +48,55 @@ struct EncodeSelectArgs {
   const float* norms;   // [m] or null
   const uint8_t* mask;  // [m] or null: for `aux`
   bool magnitude;
-  SelectState main, aux;  // as in SelectTileArgs
+  SelectState aux;  // as in ProductTile
+  int32_t threads;
+};
+
+// The best of every group of `size` latents: idx is -1 where a group has not been met yet.
+struct GroupState {
+  float* pre;    // [n, k]
+  int32_t* idx;  // [n, k]
+  int64_t k, size;
+};
+
+// Entries of one row, latents ascending, in memory from malloc that grows: idx lies behind pre.
+struct RowList {
+  float* pre;
+  int32_t* idx;
+  int64_t count, cap;
+};
+
+// Entries that pass the threshold of their latent: score not at most threshold, or |pre - threshold| < half_window.
+struct ThresholdState {
+  RowList* lists;          // [n]
+  const float* threshold;  // [m]
+  float half_window;       // 0: none
+};
+
+// The `keep` best of all rows of a batch, of which n come at a time.
+struct BatchState {
+  RowList* lists;      // [rows]
+  float* threshold;    // [rows] score that a new entry has to beat
+  int64_t rows, keep;
+  int64_t first_row;   // of the n
+};
+
+// Lists become ragged codes.
+struct ListsArgs {
+  const RowList* lists;  // [n]
+  int64_t n;
+  const float* norms;    // [m] or null
+  bool relu;             // entries at or below 0 are left out
+  int64_t* offsets;      // [n + 1]
+  // The following for writing only.
+  void* values;          // [capacity]
+  DType dtype;
+  int32_t* indices;      // [capacity]
+  int64_t capacity;
+  const float* threshold;  // [m], with state
+  float half_window;
+  uint8_t* state;        // [capacity] or null. Bit 0: score above the threshold (else the value is 0). Bit 1: in the window.
+  float* l0;             // [n] or null: entries with bit 0
   int32_t threads;
 };
 
@@ -167,9 +215,18 @@ namespace cpu {
 // The kernels of one instruction set.
 struct Table {
   const char* name;
-  void (*select_tile)(const SelectTileArgs&);
+  void (*tile_topk)(const ProductTile&, const SelectState& main);
+  void (*tile_group_max)(const ProductTile&, const GroupState&);
+  void (*tile_threshold)(const ProductTile&, const ThresholdState&);
+  void (*tile_batch_topk)(const ProductTile&, const BatchState&);
+  void (*encode_topk)(const Products&, const SelectState& main);
+  void (*encode_group_max)(const Products&, const GroupState&);
+  void (*encode_threshold)(const Products&, const ThresholdState&);
+  void (*encode_batch_topk)(const Products&, const BatchState&);
   void (*select_finish)(const SelectFinishArgs&);
-  void (*encode_select)(const EncodeSelectArgs&);
+  void (*batch_cut)(const BatchState&, const float* norms, int32_t threads);
+  float (*lists_offsets)(const ListsArgs&);
+  void (*lists_write)(const ListsArgs&);
   void (*decode)(const DecodeArgs&);
   void (*decode_loss)(const DecodeLossArgs&);
   void (*by_latent)(const ByLatentArgs&);
