@@ -27,7 +27,7 @@ class TrainConfig:
         None, "latents active per token at the first step, falling linearly to k; default: k from the start"
     )
     k_anneal_steps: int | None = _field(
-        None, "steps until k is reached, where k_start is given; default: 10 % of all steps"
+        None, "steps over which k falls, where k_start is given; default: 10 % of all steps"
     )
     batch_size: int = _field(4096, "tokens per step")
     epochs: int = _field(1, "passes over the data; not used where `tokens` is given")
@@ -92,7 +92,7 @@ class TrainConfig:
         if self.k_start is not None:
             _fields.whole("k_start", self.k_start, self.k, self.m, "m")
         if self.k_anneal_steps is not None:
-            _fields.whole("k_anneal_steps", self.k_anneal_steps, 1)
+            _fields.whole("k_anneal_steps", self.k_anneal_steps)
             if self.k_start is None:
                 raise ValueError(
                     f"k_anneal_steps is {self.k_anneal_steps}, but k_start is not given: it falls from there"
@@ -151,11 +151,11 @@ class TrainConfig:
             "dead_window": min(10_000_000, max(1, tokens // 40)),
         }
         if self.k_start is not None:
-            default["k_anneal_steps"] = max(1, steps // 10)
-            if (self.k_anneal_steps or 0) > steps:
+            default["k_anneal_steps"] = steps // 10
+            if (self.k_anneal_steps or 0) >= steps:
                 raise ValueError(
-                    f"k_anneal_steps must be at most the {steps} steps of the run, got {self.k_anneal_steps}: k would "
-                    "not be reached"
+                    f"k_anneal_steps must be less than the {steps} steps of the run, got {self.k_anneal_steps}: "
+                    "k would not be reached"
                 )
         missing = {name: value for name, value in default.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **{**missing, "tokens": tokens})
@@ -176,7 +176,7 @@ class TrainConfig:
 
     def k_at(self, step: int) -> int:
         """Latents active per token in a step (from 1), of a resolved configuration."""
-        if self.k_start is None or step >= self.k_anneal_steps:
+        if self.k_start is None or step > self.k_anneal_steps:
             return self.k
         return self.k_start + round((self.k - self.k_start) * (step - 1) / self.k_anneal_steps)
 

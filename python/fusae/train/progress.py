@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from types import TracebackType
 from typing import Any
@@ -45,7 +46,8 @@ class TrainingDisplay:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a log on a full disk is no reason to end a run
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def tokens(self, done: int) -> None:
         self._progress.update(self._task, completed=done)

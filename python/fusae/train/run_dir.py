@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +60,27 @@ def prepare(
     return None
 
 
+@contextlib.contextmanager
+def locked(run_dir: Path | None) -> Iterator[None]:
+    """Inside, no other trainer works on the run. The lock ends with the process, however that ends.
+
+    Raises:
+        ValueError: another one does.
+    """
+    if run_dir is None:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"run_dir: another process is training in {run_dir}; wait for it, or stop it") from None
+    finally:
+        os.close(folder)
+
+
 def merge(given: TrainConfig | dict[str, Any] | None, stored: TrainConfig) -> TrainConfig:
     """The stored configuration with the given free choices; anything else given must agree with it."""
     if given is None:
@@ -77,8 +101,12 @@ def start_files(trainer: Trainer, new: bool) -> None:
 
     A new run first removes all files of an old one, which `prepare` found or was told to overwrite.
     """
+    with locked(trainer.run_dir):
+        _start_files(trainer, new)
+
+
+def _start_files(trainer: Trainer, new: bool) -> None:
     run_dir, step = trainer.run_dir, trainer.step
-    run_dir.mkdir(parents=True, exist_ok=True)
     for name in _FILES:
         remove_scratch(run_dir / name)
     if new:

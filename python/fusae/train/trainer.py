@@ -29,7 +29,7 @@ from .measure import measure
 from .metrics import Interval, MetricsLog, check_tensorboard
 from .progress import TrainingDisplay
 from .rows import open_data
-from .run_dir import CODER, merge, prepare, start_files
+from .run_dir import CODER, locked, merge, prepare, start_files
 
 
 class Trainer:
@@ -202,6 +202,7 @@ class Trainer:
         goal = self.config.steps if until is None else min(until, self.config.steps)
         log = MetricsLog(self.run_dir, self.config.tensorboard, self.step)
         with (
+            locked(self.run_dir),
             TrainingDisplay(self.show, self.config.tokens) as display,
             interruptible() as stopped,
             contextlib.closing(log),
