@@ -250,5 +250,5 @@ def test_bad_parts_of_codes(change, error, message):
 
 
 def test_bad_dense():
-    with pytest.raises(ValueError, match=r"dense must have shape \[n, m\], got \[20\]"):
+    with pytest.raises(ValueError, match=r"f must have shape \[n, m\], got \[20\]"):
         SparseCodes.from_dense(torch.zeros(20))

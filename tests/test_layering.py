@@ -29,7 +29,7 @@ RULES = [
     ("reference.py", ()),
     ("_vmap.py", ()),
     ("_dispatch.py", ("fusae._vmap",)),
-    ("codes.py", ()),
+    ("codes.py", ("fusae.ops",)),  # `from_dense` is a front of the op
     ("_fields.py", ()),
     ("_checks.py", ("fusae.codes", "fusae._fields")),
     ("ops/__init__.py", ("fusae.ops",)),

@@ -11,7 +11,7 @@ import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the onl
 from ._dispatch import BackendError, backend
 from .codes import SparseCodes
 from .info import explain
-from .ops import DecodeLoss, adam_rows_, decode, decode_loss, encode_topk, topk
+from .ops import DecodeLoss, adam_rows_, codes_from_dense, decode, decode_loss, encode_topk, topk
 
 __version__ = importlib.metadata.version("fusae")
 
@@ -21,6 +21,7 @@ __all__ = [
     "SparseCodes",
     "adam_rows_",
     "backend",
+    "codes_from_dense",
     "decode",
     "decode_loss",
     "encode_topk",

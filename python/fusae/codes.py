@@ -98,6 +98,16 @@ class SparseCodes:
         position = torch.arange(self.values.shape[0], device=self.device)
         return torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)
 
+    def _used(self) -> int:
+        """``offsets[-1]`` of ragged codes (one host sync on a GPU), which may say that entries did not fit."""
+        used, storage = int(self.offsets[-1]), self.values.shape[0]
+        if used > storage:
+            raise IndexError(
+                f"the codes have {used} entries and a storage of {storage}: a capacity was too small; "
+                f"make them again with capacity >= {used}, or with None"
+            )
+        return used
+
     def to_dense(self) -> Tensor:
         """The dense ``[..., m]`` activations, in the dtype of `values`. Differentiable.
 
@@ -107,7 +117,7 @@ class SparseCodes:
             dense = self.values.new_zeros(self.shape)
             return dense.scatter_add(-1, self.indices.long(), self.values)
         n = self.offsets.shape[0] - 1
-        used = int(self.offsets[-1])
+        used = self._used()
         dense = self.values.new_zeros(n, self.m)
         place = (self.row_ids()[:used], self.indices[:used].long())
         return dense.index_put(place, self.values[:used], accumulate=True)
@@ -115,7 +125,7 @@ class SparseCodes:
     def to_sparse_csr(self) -> Tensor:
         """A ``torch.sparse_csr`` tensor ``[n, m]`` of the non-zero entries, latents ascending in every row."""
         ragged = self.flatten().to_ragged()
-        n, used = len(ragged), int(ragged.offsets[-1])
+        n, used = len(ragged), ragged._used()
         active = ragged.values[:used] != 0
         rows, latents = ragged.row_ids()[:used][active], ragged.indices[:used][active].long()
         order = torch.argsort(rows * self.m + latents)
@@ -144,16 +154,10 @@ class SparseCodes:
 
     @staticmethod
     def from_dense(dense: Tensor) -> SparseCodes:
-        """Ragged codes of the non-zero entries of ``[n, m]`` activations. Gradients flow to those entries.
+        """``fusae.codes_from_dense(dense)``: ragged codes of the non-zero entries of ``[n, m]`` activations."""
+        from .ops import codes_from_dense
 
-        Equivalent to: ``dense.to_sparse_csr()``
-        """
-        if dense.ndim != 2:
-            raise ValueError(f"dense must have shape [n, m], got {list(dense.shape)}")
-        rows, latents = torch.nonzero(dense, as_tuple=True)
-        offsets = torch.zeros(dense.shape[0] + 1, dtype=torch.int64, device=dense.device)
-        torch.cumsum(torch.bincount(rows, minlength=dense.shape[0]), 0, out=offsets[1:])
-        return SparseCodes(dense[rows, latents], latents.to(torch.int32), dense.shape[1], offsets)
+        return codes_from_dense(dense)
 
     def detach(self) -> SparseCodes:
         return SparseCodes(self.values.detach(), self.indices, self.m, self.offsets)

@@ -40,6 +40,32 @@ def topk_bwd(grad_values: Tensor, indices: Tensor, m: int) -> Tensor:
     return grad.scatter_(1, indices.long(), grad_values)
 
 
+def codes_from_dense_fwd(f: Tensor, capacity: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The non-zeros of `f` ``[n, m]``: values and int32 indices in a storage of `capacity`, int64 offsets ``[n + 1]``.
+
+    The offsets count every non-zero; those past the capacity are left out. The rest of the storage holds 0.
+    """
+    offsets = torch.zeros(f.shape[0] + 1, dtype=torch.int64, device=f.device)
+    torch.cumsum((f != 0).sum(1), 0, out=offsets[1:])
+    if capacity is None:
+        row, latent = torch.nonzero(f, as_tuple=True)
+        return f[row, latent], latent.to(torch.int32), offsets
+    values, latents = f.new_zeros(capacity), torch.zeros(capacity, dtype=torch.int32, device=f.device)
+    if f.shape[0]:
+        row, latent = torch.nonzero_static(f, size=capacity, fill_value=0).unbind(1)
+        used = torch.arange(capacity, device=f.device) < offsets[-1]
+        values, latents = f[row, latent].masked_fill(~used, 0.0), latent.to(torch.int32)
+    return values, latents, offsets
+
+
+def codes_from_dense_bwd(grad_values: Tensor, indices: Tensor, offsets: Tensor, m: int) -> Tensor:
+    """``[n, m]`` with `grad_values` at the places of the entries, 0 elsewhere."""
+    row, used = _rows_of(indices, offsets)
+    grad = grad_values.new_zeros(offsets.shape[0] - 1, m)
+    grad[row, indices[used].long()] = grad_values[used]
+    return grad
+
+
 def encode_topk_fwd(
     x: Tensor,
     W_enc: Tensor,

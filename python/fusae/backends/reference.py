@@ -19,6 +19,7 @@ TABLE = {
     for name in (
         "topk_fwd", "topk_bwd", "encode_topk_fwd", "encode_bwd",
         "decode_fwd", "decode_bwd", "decode_loss_fwd", "decode_loss_bwd",
+        "codes_from_dense_fwd", "codes_from_dense_bwd",
         "adam_rows_",
     )
 }  # fmt: skip
