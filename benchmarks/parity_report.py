@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of parity.py -> docs/quality.md, or a check that it is up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SCHEMA = 1
+FIELDS = (
+    "recipe", "peer", "peer_version", "data", "data_sha256", "settings", "seed", "contenders", "differences", "command",
+    "git", "dirty", "time", "versions",
+)  # fmt: skip
+#: largest relative difference of the loss at a step
+LOSS_BARS = {"1": 1e-5, "10": 1e-4, "100": 1e-3}
+FVU_BAR = (0.99, 1.01)
+#: what a dead fraction may be above the peer's: half a percentage point, or two standard errors of the difference
+DEAD_BAR = 0.005
+DATA = {
+    "known": "sums of exactly 3 of 64 known directions in 32 dimensions (`fusae.testing.known`)",
+    "known-offset": "the same, plus a constant vector 10 times as long as the spread of the rows",
+    "activations": "SmolLM2-135M's residual stream after layer 12 on English news, as `make demo` collects it",
+}
+_SOURCE = re.compile(r"from `([^`]+\.json)`")
+
+
+class ReportError(ValueError):
+    """A results file or a page that cannot be used. The message names it, and what is wrong."""
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs of a results file of parity.py."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(document, dict) or not isinstance(document.get("runs"), list):
+        raise ReportError(f'{path}: must be {{"schema": {SCHEMA}, "runs": [...]}}, as benchmarks/parity.py writes it')
+    if document.get("schema") != SCHEMA:
+        raise ReportError(f"{path}: schema must be {SCHEMA}, got {document.get('schema')!r}")
+    for i, run in enumerate(document["runs"]):
+        absent = [name for name in FIELDS if not isinstance(run, dict) or name not in run]
+        if absent:
+            raise ReportError(f"{path}: run {i} lacks {', '.join(absent)}")
+    return document["runs"]
+
+
+def quality_page(results: Path | None, page: Path, check: bool) -> None:
+    """Write the page from the results (with `check` and no results: those that the page names), or compare."""
+    if results is None:
+        named = _SOURCE.search(page.read_text(encoding="utf-8")) if page.exists() else None
+        if named is None:
+            raise ReportError(f"{page} names no results file; give one with --out")
+        results = page.resolve().parent.parent / named.group(1)
+    results, root = results.resolve(), page.resolve().parent.parent
+    source = results.relative_to(root).as_posix() if results.is_relative_to(root) else results.as_posix()
+    fresh = markdown(read_runs(results), source)
+    if not check:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(fresh, encoding="utf-8")
+    elif not page.exists() or page.read_text(encoding="utf-8") != fresh:
+        raise ReportError(f"{page} differs from {source}; run: python benchmarks/parity.py --report --out {source}")
+
+
+def groups(runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Runs that differ only in their seed, in the order of the file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        key = json.dumps([run["recipe"], run["data"], run["settings"]], sort_keys=True)
+        found.setdefault(key, []).append(run)
+    return list(found.values())
+
+
+def summary(group: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """One contender against the peer, over the seeds of a group.
+
+    ``ratios``: FVU over the peer's, for each seed; ``ratio``: of the means. ``dead``: mean difference of the dead
+    fraction; ``dead_limit``: what it may be. ``loss``: the largest relative difference at each step of `LOSS_BARS`.
+    """
+    own, peer = ([run["contenders"][who] for run in group] for who in (name, "peer"))
+    mean = statistics.fmean
+    dead = [a["dead_fraction"] - b["dead_fraction"] for a, b in zip(own, peer, strict=True)]
+    error = statistics.stdev(dead) / len(dead) ** 0.5 if len(dead) > 1 else 0.0
+    return {
+        "ratios": [a["fvu"] / b["fvu"] for a, b in zip(own, peer, strict=True)],
+        "ratio": mean(a["fvu"] for a in own) / mean(b["fvu"] for b in peer),
+        "dead": mean(dead),
+        "dead_limit": max(DEAD_BAR, 2 * error),
+        "loss": {
+            at: max(abs(a["loss"][at] / b["loss"][at] - 1) for a, b in zip(own, peer, strict=True))
+            for at in LOSS_BARS
+            if all(at in a["loss"] for a in own)
+        },
+    }
+
+
+def verdict(found: dict[str, Any]) -> str:
+    """Which bars a contender misses, or "all"."""
+    missed = [] if FVU_BAR[0] <= found["ratio"] <= FVU_BAR[1] else ["FVU"]
+    missed += [] if found["dead"] <= found["dead_limit"] else ["dead"]
+    missed += [f"loss at step {at}" for at, value in found["loss"].items() if value > LOSS_BARS[at]]
+    return f"**misses** {', '.join(missed)}" if missed else "all"
+
+
+def markdown(runs: list[dict[str, Any]], source: str) -> str:
+    """The whole page."""
+    if not runs:
+        raise ReportError(f"{source}: has no runs")
+    lines = [
+        "# Quality beside other libraries",
+        "",
+        f"Written by `python benchmarks/parity.py --report` from `{source}`. Each library's own trainer and fusae "
+        "train on the same batches in the same order, from the same initial weights, by the same recipe, for the same "
+        "number of steps; `fusae.eval` measures all of them on the same rows. `benchmarks/parity.py` says how to run "
+        "it.",
+        "",
+        "- *fusae*: the library's recipe, step by step, on `SparseCoder` and `fusae.optim.Adam`. *fusae Trainer*: "
+        "`fusae.train.Trainer` set as near to the recipe as its configuration comes.",
+        f"- Bars: FVU over the library's in [{FVU_BAR[0]}, {FVU_BAR[1]}], means over seeds; loss at steps "
+        f"{', '.join(LOSS_BARS)} within {', '.join(f'{bar:g}' for bar in LOSS_BARS.values())} of the library's; dead "
+        "fraction at most half a percentage point, or two standard errors, above. Dead: active on none of the training "
+        "rows, by the final weights.",
+        "",
+    ]
+    for group in groups(runs):
+        lines += _section(group)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(group: list[dict[str, Any]]) -> list[str]:
+    first = group[0]
+    s, names = first["settings"], [name for name in first["contenders"] if name != "peer"]
+    known = "mcc" in first["contenders"]["peer"]
+    library = f"{first['peer']} {first['peer_version']}"
+    lines = [
+        f"## {first['recipe']}, {first['data']}, {s['dtype']}",
+        "",
+        f"Data: {DATA[first['data']]}; m {s['m']}, k {s['k']}, {s['steps']} steps of {s['batch_size']} rows, lr "
+        f"{s['lr']:g}, {s['warmup_steps']} steps of warm-up, decay from step {s['decay_start']}, a latent is dead "
+        f"after {s['dead_steps']} batches; {len(group)} seeds.",
+        "",
+        "| | FVU (seeds) | × the library's (seeds) | dead | L0 | loss, steps 1 / 10 / 100 | MCC to the library's |"
+        + (" MCC, MMCS to the truth |" if known else "")
+        + " bars reached |",
+        "|---|---|---|---:|---:|---|---:|" + ("---|" if known else "") + "---|",
+    ]
+    for name in ("peer", *names):
+        own = [run["contenders"][name] for run in group]
+        found = summary(group, name)
+        mean = {key: statistics.fmean(o[key] for o in own) for key in own[0] if key != "loss"}
+        cells = [
+            library if name == "peer" else name,
+            f"{mean['fvu']:.4f} ({_span(o['fvu'] for o in own)})",
+            "—" if name == "peer" else f"{found['ratio']:.4f} ({_span(found['ratios'])})",
+            f"{mean['dead_fraction']:.2%}",
+            f"{mean['l0']:.2f}",
+            "—" if name == "peer" else " / ".join(f"{value:.0e}" for value in found["loss"].values()),
+            "—" if name == "peer" else f"{mean['mcc_to_peer']:.4f}",
+            *([f"{mean['mcc']:.4f}, {mean['mmcs']:.4f}"] if known else []),
+            "—" if name == "peer" else verdict(found),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    commit = "an unknown commit" if first["git"] is None else f"commit `{first['git'][:12]}`"
+    commit += " with local changes" if first["dirty"] else ""
+    lines += [
+        "",
+        "Not the same on both sides:",
+        "",
+        *(f"- {difference}" for difference in first["differences"]),
+        "",
+        f"`{first['command']}`, {first['device']}, torch {first['versions'].get('torch', '?')}, {commit}, "
+        f"{first['time'][:10]}.",
+        "",
+    ]
+    return lines
+
+
+def _span(values: Any) -> str:
+    values = list(values)
+    return f"{min(values):.4f} – {max(values):.4f}"
