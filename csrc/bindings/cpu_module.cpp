@@ -195,6 +195,20 @@ void latent_pass(const CodesTuple& codes, uintptr_t start, uintptr_t order, uint
                              threads});
 }
 
+void nonzero_mask(uintptr_t dense, int64_t stride, int64_t step, int dtype, int64_t n, int64_t m, uintptr_t mask,
+                  uintptr_t count, int threads) {
+  const py::gil_scoped_release release;
+  cpu::active().nonzero_mask({ptr<void>(dense), stride, step, static_cast<DType>(dtype), n, m, ptr<uint64_t>(mask),
+                              ptr<int64_t>(count), threads});
+}
+
+void nonzero_take(uintptr_t dense, int64_t stride, int64_t step, int dtype, int64_t n, int64_t m, uintptr_t mask,
+                  uintptr_t offsets, int64_t capacity, uintptr_t values, uintptr_t indices, int threads) {
+  const py::gil_scoped_release release;
+  cpu::active().nonzero_take({ptr<void>(dense), stride, step, static_cast<DType>(dtype), n, m, ptr<uint64_t>(mask),
+                              ptr<int64_t>(offsets), capacity, ptr<void>(values), ptr<int32_t>(indices), threads});
+}
+
 void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t grad, uintptr_t rows, int dtype,
                int64_t m, int64_t d, int64_t u, double decay, double l2, double one_minus_beta1, double beta2,
                double one_minus_beta2, double step_size, double root_correction2, double eps, bool masked, bool project,
@@ -239,6 +253,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode_loss", &decode_loss);
   m.def("by_latent", &by_latent);
   m.def("latent_pass", &latent_pass);
+  m.def("nonzero_mask", &nonzero_mask);
+  m.def("nonzero_take", &nonzero_take);
   m.def("adam_rows", &adam_rows);
   m.def("fma_burst", [](int64_t iterations, int threads) {
     const py::gil_scoped_release release;

@@ -27,6 +27,7 @@ namespace {
 #include "cpu/decode-inl.h"
 #include "cpu/decode_loss-inl.h"
 #include "cpu/latent_pass-inl.h"
+#include "cpu/nonzero-inl.h"
 #include "cpu/adam_rows-inl.h"
 #include "cpu/fma_burst-inl.h"
 }  // namespace
@@ -35,8 +36,7 @@ extern const Table table;
 const Table table = {
     FUSAE_STRING(FUSAE_ISA), tile_topk, tile_group_max, tile_threshold, tile_batch_topk, encode_topk, encode_group_max,
     encode_threshold, encode_batch_topk, select_finish, batch_cut, lists_offsets, lists_write, decode, decode_loss,
-    by_latent, latent_pass, adam_rows,
-    fma_burst,
+    by_latent, latent_pass, nonzero_mask, nonzero_take, adam_rows, fma_burst,
 };
 
 }  // namespace fusae::cpu::FUSAE_ISA

@@ -191,6 +191,31 @@ struct LatentPassArgs {
   int32_t threads;
 };
 
+// The non-zeros of a dense matrix: a bit for every entry and a count for every row; then, with the places of the rows
+// known, the entries. Strides are of rows, steps of columns.
+struct NonzeroMaskArgs {
+  const void* dense;  // [n, m]
+  int64_t stride, step;
+  DType dtype;
+  int64_t n, m;
+  uint64_t* mask;     // [n, ceil(m / 64)], the lowest bit first
+  int64_t* count;     // [n]
+  int32_t threads;
+};
+
+struct NonzeroTakeArgs {
+  const void* dense;  // as above
+  int64_t stride, step;
+  DType dtype;        // of dense, values
+  int64_t n, m;
+  const uint64_t* mask;
+  const int64_t* offsets;  // [n + 1]
+  int64_t capacity;        // entries from here on are left out
+  void* values;            // [capacity]
+  int32_t* indices;        // [capacity]
+  int32_t threads;
+};
+
 struct AdamRowsArgs {
   void* param;  // [m, d]
   float* exp_avg;
@@ -231,6 +256,8 @@ struct Table {
   void (*decode_loss)(const DecodeLossArgs&);
   void (*by_latent)(const ByLatentArgs&);
   void (*latent_pass)(const LatentPassArgs&);
+  void (*nonzero_mask)(const NonzeroMaskArgs&);
+  void (*nonzero_take)(const NonzeroTakeArgs&);
   void (*adam_rows)(const AdamRowsArgs&);
   double (*fma_burst)(int64_t iterations, int32_t threads);  // floating-point operations done
 };

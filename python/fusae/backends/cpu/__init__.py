@@ -6,9 +6,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dense import codes_from_dense_bwd, codes_from_dense_fwd
 from .latents import decode_bwd, decode_fwd, decode_loss_bwd, decode_loss_fwd, encode_bwd
 from .native import describe, fma_burst, force_isa, isas, set_isa, unavailable
 from .optimiser import adam_rows_
+from .ragged import encode_batch_topk_fwd, encode_threshold_bwd, encode_threshold_fwd
 from .selection import encode_topk_fwd, force_gemm, topk_bwd, topk_fwd
 
 __all__ = ["TABLE", "describe", "fma_burst", "force_gemm", "force_isa", "isas", "set_isa", "unavailable"]
@@ -28,8 +30,10 @@ def _why_not(*args, **kwargs) -> str | None:
 TABLE = {
     run.__name__: (run, _why_not)
     for run in (
-        topk_fwd, topk_bwd, encode_topk_fwd, encode_bwd,
+        topk_fwd, topk_bwd, encode_topk_fwd, encode_threshold_fwd, encode_threshold_bwd, encode_batch_topk_fwd,
+        encode_bwd,
         decode_fwd, decode_bwd, decode_loss_fwd, decode_loss_bwd,
+        codes_from_dense_fwd, codes_from_dense_bwd,
         adam_rows_,
     )
 }  # fmt: skip
