@@ -58,7 +58,7 @@ def test_equals_a_plain_hook_run(model, chunks, tmp_path, module):
     assert acts.positions.tolist() == [list(pair) for pair in grid]
     assert acts.shape == (300, 32) and acts.dropped == NOTHING | {"first_positions": 20}
     torch.testing.assert_close(acts.mean(), expected.double().mean(0), rtol=1e-6, atol=1e-7)
-    half = run(model, chunks, tmp_path / "half", module=module, skip_positions=1, outlier_factor=None)
+    run(model, chunks, tmp_path / "half", module=module, skip_positions=1, outlier_factor=None)
     stored = np.load(tmp_path / "half" / "rows-00000.npy")
     assert stored.dtype == np.float16
     np.testing.assert_array_equal(stored, acts.take(slice(None)).numpy().astype(np.float16))
@@ -172,7 +172,7 @@ def test_bad_arguments(model, chunks, tmp_path):
         ({"chunks": chunks + 60}, ValueError, "vocabulary has 64"),
         ({"skip_positions": 16}, ValueError, "skip_positions must lie in 0..15"),
         ({"outlier_factor": float("nan")}, ValueError, "outlier_factor"),
-        ({"dtype": "float64"}, ValueError, "dtype must be one of 'float32', 'float16', 'bfloat16', 'int8', got 'float64'"),
+        ({"dtype": "float64"}, ValueError, "dtype must be one of 'float32', .* got 'float64'"),
         ({"shard_rows": 0}, ValueError, "shard_rows must be an integer of at least 1, or None, got 0"),
         ({"nonfinite": "keep"}, ValueError, "nonfinite must be 'stop' or 'drop', got 'keep'"),
         ({"batch_size": 0}, ValueError, "batch_size"),

@@ -115,9 +115,7 @@ def check_shard(path: Path, rows: int, columns: int, dtype: np.dtype, what_to_do
         raise ValueError(f"path: {path} is missing; {what_to_do}") from None
     expected = npy_size(rows, columns, dtype)
     if size < expected:
-        raise ValueError(
-            f"path: {path} is truncated: it has {size:,} bytes, {wanted} take {expected:,}; {what_to_do}"
-        )
+        raise ValueError(f"path: {path} is truncated: it has {size:,} bytes, {wanted} take {expected:,}; {what_to_do}")
     if header != npy_header(rows, columns, dtype) or size != expected:
         raise ValueError(
             f"path: {path} holds something else than the {wanted} that its description names ({size:,} bytes for "
@@ -156,7 +154,7 @@ class ShardWriter:
     Attributes:
         rows: appended so far.
         sha256: of each whole shard, by its name.
-        torn: an `append` was cut short, so that the arrays end at different rows; `sync` must not be called.
+        torn: an `append` or `finish` was cut short: the files are not what `sync` would say of them.
     """
 
     def __init__(self, folder: Path, layout: Layout, shard_rows: int) -> None:
@@ -197,9 +195,10 @@ class ShardWriter:
         return {"rows": self.rows, "sha256": {**self.sha256, **begun}}
 
     def finish(self) -> None:
-        """Give the last shard its number of rows and its name. To be called once, after `sync`."""
+        """Give the last shard its number of rows and its name. To be called once, after `sync`, as the last."""
         if not self._open:
             return
+        self.torn = True
         inside = self.rows % self.shard_rows
         for stem, (file, _) in self._open.items():
             with full_disk_named(self.folder, file.name):
@@ -208,6 +207,7 @@ class ShardWriter:
                 file.flush()
             self._open[stem] = (file, _digest(Path(file.name)))
         self._end()
+        self.torn = False
         sync_folder(self.folder)
 
     def close(self) -> None:
