@@ -49,8 +49,9 @@ RULES = [
     ("formats/", TOOLS),
     ("integrations/", TOOLS),
     ("testing/", (*TOOLS, "fusae.testing", "fusae._dispatch", "fusae.reference", "fusae.backends")),
-    ("demo/", (*TOOLS, "fusae.demo", "fusae.testing")),
-    ("cli.py", (*TOOLS, "fusae.demo", "fusae.cli")),
+    ("pipeline/", (*TOOLS, "fusae.pipeline")),
+    ("demo/", (*TOOLS, "fusae.pipeline", "fusae.demo", "fusae.testing")),
+    ("cli.py", (*TOOLS, "fusae.pipeline", "fusae.demo", "fusae.cli")),
     ("__main__.py", ("fusae.cli", "fusae.info")),
 ]
 ENVIRONMENT = {"FUSAE_BACKEND", "FUSAE_CPU_ISA", "FUSAE_AUTOTUNE"}

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""eval.json and features.json of a coder: on rows of the disk, or on text with the model they come from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Activations, TokenChunks, collect, default_cache_dir, weights_sha256
+from ..data.kept import RowFilter
+from ..eval import (
+    choose_latents,
+    logit_effects,
+    loss_recovered,
+    measure,
+    nearest_latents,
+    no_next_token,
+    top_passages,
+)
+from ..formats.native import write_json
+from ..nn import SparseCoder
+from .config import DataConfig
+from .inputs import HELD_OUT_TOKENS, LOSS_TOKENS, Inputs, load_inputs, rows_in
+from .live import LiveRows
+
+EFFECTS = "in standard deviations over all latents"
+
+
+def measure_rows(coder: SparseCoder, rows: Any, device: torch.device, show: bool) -> tuple[dict[str, Any], Tensor]:
+    """(what eval.json says of the reconstruction of `rows`, their mean row ``[d]``)."""
+    width = getattr(rows, "shape", (None, coder.config.d))[1]
+    if width != coder.config.d:
+        raise ValueError(f"rows must have width {coder.config.d}, that of the coder, got {width}")
+    metrics = measure(
+        rows, lambda x: coder.encode(_like(x, coder)), coder.decode, coder.config.m, device=device, progress=show
+    )
+    return plain(metrics.result()), metrics.mean()
+
+
+def evaluate_text(
+    coder: SparseCoder,
+    inputs: Inputs,
+    config: DataConfig,
+    rows: Activations | LiveRows,
+    chunks: TokenChunks,
+    *,
+    nonfinite: str = "stop",
+    show: bool = True,
+) -> dict[str, Any]:
+    """What eval.json holds, measured on held-out `chunks` and their `rows`; the coder on the model's device.
+
+    The loss is on the first chunks that hold ``config.loss_tokens``; the mean that ablation puts in is that of `rows`.
+    For a model without next-token loss ``no_loss`` says why there is none.
+    """
+    device = coder.W_dec.device
+    evaluation, mean = measure_rows(coder, rows, device, show)
+    if (reason := no_next_token(inputs.model)) is not None:
+        evaluation["no_loss"] = reason
+    else:
+        wanted = config.loss_tokens or LOSS_TOKENS
+        few = chunks[: int((chunks.lengths.cumsum() < wanted).sum()) + 1]
+        result = loss_recovered(
+            inputs.model,
+            config.sites,
+            lambda x: coder(_like(x, coder)),
+            few,
+            mean.float(),
+            skip_positions=config.skip_positions,
+            outlier_factor=config.outlier_factor or None,
+            drop_special=config.drop_special,
+            nonfinite=nonfinite,
+            norm_limit=rows.norm_limit,
+            progress=show,
+        )
+        evaluation["loss"] = plain({**result["loss"], "passed_through": result["passed_through"]})
+        evaluation["kl"] = plain(result["kl"])
+    evaluation["dropped"] = {reason: n for reason, n in rows.dropped.items() if reason != "padding"}
+    evaluation["source"] = {
+        "model": inputs.model_name, "module": ", ".join(config.sites), "text": inputs.text_name,
+    }  # fmt: skip
+    return evaluation
+
+
+def evaluate_run(coder: SparseCoder, config: DataConfig, *, everything: bool, show: bool = True) -> dict[str, Any]:
+    """What eval.json holds, for the model and the held-out text that `config` names (with `everything`: all of it)."""
+    inputs = load_inputs(config, coder.W_dec.device, everything=everything)
+    chunks = inputs.chunks(config, "held_out", config.held_out_tokens or HELD_OUT_TOKENS, show)
+    wanted = config.held_out_tokens
+    if wanted is not None and (found := rows_in(chunks, config)) < wanted:
+        raise ValueError(f"tokens must be at most {found:,}, which is all this text has, got {wanted:,}")
+    rows = stored_or_live(inputs, config, chunks, "held-out", weights_sha256(inputs.model), nonfinite="drop", show=show)
+    return evaluate_text(coder, inputs, config, rows, chunks, nonfinite="drop", show=show)
+
+
+def save_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
+    """Write eval.json, keeping what an earlier one says of the passages that the report shows."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        before = json.loads(path.read_text(encoding="utf-8"))["source"]
+        if "source" in evaluation:
+            evaluation["source"] |= {name: before[name] for name in ("passages", "effects") if name in before}
+    write_json(path, evaluation)
+
+
+def features(
+    coder: SparseCoder,
+    inputs: Inputs,
+    config: DataConfig,
+    density: Sequence[float],
+    rows: Activations | LiveRows,
+    chunks: TokenChunks,
+    *,
+    seed: int = 0,
+    show: bool = True,
+) -> list[dict[str, Any]]:
+    """What features.json holds: `config.features` latents, spread over the densities of those that fire."""
+    latents = choose_latents(density, config.features, seed=seed) if config.features else []
+    W_dec = coder.W_dec.detach()
+    effects = None
+    if writes_residual_stream(inputs.model, config.sites, coder):
+        effects = logit_effects(inputs.model, inputs.tokenizer, W_dec[latents], background=W_dec)
+    found = top_passages(
+        rows,
+        chunks,
+        lambda x: coder.encode(_like(x, coder)),
+        latents,
+        inputs.tokenizer,
+        passages=config.passages,
+        effects=effects,
+        max_rows=config.passage_tokens,
+        device=W_dec.device,
+        progress=show,
+    )
+    for feature, nearest in zip(found, nearest_latents(W_dec, latents), strict=True):
+        feature["density"] = density[feature["latent"]]  # as everywhere in the report: the share of held-out tokens
+        feature["nearest"] = nearest
+    return found
+
+
+def writes_residual_stream(model: torch.nn.Module, sites: Sequence[str], coder: SparseCoder) -> bool:
+    """Whether decoder rows have a direct path to the logits: one site, an output of the unembedding's width."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return (
+        no_next_token(model) is None
+        and head is not None
+        and len(sites) == 1
+        and not sites[0].endswith(":in")
+        and head.weight.shape[1] == coder.config.d
+    )
+
+
+def row_filter(config: DataConfig, nonfinite: str) -> RowFilter:
+    return RowFilter(config.skip_positions, config.outlier_factor or None, config.drop_special, nonfinite)
+
+
+def stored_or_live(
+    inputs: Inputs,
+    config: DataConfig,
+    chunks: TokenChunks,
+    part: str,
+    model_sha256: str,
+    *,
+    nonfinite: str = "stop",
+    limits: Any = None,
+    show: bool = True,
+) -> Activations | LiveRows:
+    """The rows of `chunks`: in a folder of the cache whose name stands for all inputs, or, for a stream, from the model
+    each time."""
+    if config.store == "stream":
+        return LiveRows(
+            inputs.model, chunks, config.sites, row_filter(config, nonfinite), rows_in(chunks, config),
+            batch_size=config.chunk_batch, limits=limits,
+        )  # fmt: skip
+    key = hashlib.sha256(chunks.sha256().encode())
+    for value in (
+        model_sha256, config.sites, config.model_dtype, config.skip_positions, config.outlier_factor,
+        config.drop_special, chunks.special, config.store, config.chunk_batch, nonfinite,
+    ):  # fmt: skip
+        key.update(repr(value).encode())
+    folder = Path(config.cache or default_cache_dir() / "activations")
+    return collect(
+        inputs.model,
+        chunks,
+        config.sites if len(config.sites) > 1 else config.sites[0],
+        folder / f"{part}-{key.hexdigest()[:16]}",
+        batch_size=config.chunk_batch,
+        skip_positions=config.skip_positions,
+        outlier_factor=config.outlier_factor or None,
+        drop_special=config.drop_special,
+        nonfinite=nonfinite,
+        dtype=config.store,
+        source=f"{inputs.model_name}, {inputs.text_name}",
+        model_sha256=model_sha256,
+        overwrite=True,  # the name stands for the inputs: what is there is these rows, a part of them, or damaged
+        progress=show,
+    )
+
+
+def plain(values: dict[str, Any]) -> dict[str, Any]:
+    """NaN as None: JSON has no word for it."""
+    return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
+
+
+def _like(x: Tensor, coder: SparseCoder) -> Tensor:
+    return x.to(coder.W_dec.dtype)
