@@ -105,7 +105,7 @@ def test_truncated_description(folder, keep):
     "changes, message",
     [
         ({"format": "sae_lens"}, r"coder.json: field 'format' must be 'fusae.SparseCoder', got 'sae_lens'"),
-        ({"version": 2}, r"coder.json: field 'version' must be 1, got 2; this release of fusae does not read it"),
+        ({"version": 3}, r"coder.json: field 'version' must be 2, got 3; this release of fusae does not read it"),
         ({"config": None}, r"coder.json: field 'config': the configuration must be an object, got NoneType"),
         ({"config": {"d": 6, "m": 20}}, r"coder.json: field 'config': the configuration lacks the field 'k'"),
         ({"weights": []}, r"coder.json: field 'weights' must be an object, got list"),

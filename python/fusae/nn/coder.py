@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SparseCoder`: a top-k sparse autoencoder (Gao et al. 2024, arXiv:2406.04093) on fusae's ops."""
+"""`SparseCoder`: sparse autoencoders and transcoders on fusae's ops."""
 
 from __future__ import annotations
 
@@ -7,38 +7,18 @@ import dataclasses
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, _fields
 from ..codes import SparseCodes
 from ..formats.native import load_pair, save_pair
-from ..ops import decode, encode_topk
+from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
 from .config import SparseCoderConfig
 from .init import geometric_median, random_unit_rows_, unit_rows_
-from .sums import total
+from .objectives import CoderLoss, Moment, TopK
 
-FORMAT, VERSION, STEM = "fusae.SparseCoder", 1, "coder"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class CoderLoss:
-    """What `SparseCoder.loss` returns. All on the device of the input; nothing has been read back.
-
-    Attributes:
-        loss: scalar to minimise: `mse` + coefficient · `aux`.
-        mse: reconstruction error, summed over d, mean over rows, divided by the variance of the data. Detached.
-        aux: AuxK term before its coefficient (detached), or None where no dead latents were given.
-        sse: ``Σ ||x - x̂||²`` over the batch (detached): the numerator of the FVU.
-        codes: the main codes, detached.
-        reconstruction: ``[n, d]``, detached.
-    """
-
-    loss: Tensor
-    mse: Tensor
-    aux: Tensor | None
-    sse: Tensor
-    codes: SparseCodes
-    reconstruction: Tensor
+FORMAT, VERSION, STEM = "fusae.SparseCoder", 2, "coder"
 
 
 class _PreBias(torch.autograd.Function):
@@ -63,10 +43,18 @@ class _PreBias(torch.autograd.Function):
 
 
 class SparseCoder(nn.Module):
-    """Top-k sparse autoencoder: ``codes = top-k(W_enc (x - b_dec) + b_enc)``, ``x̂ = Σ_j v_j W_dec[i_j] + b_dec``.
+    """Sparse autoencoder or transcoder: a few of m latents are active in each row, and decoded.
 
-    Parameters (row = latent): `W_enc` ``[m, d]``, `b_enc` ``[m]``, `W_dec` ``[m, d]``, `b_dec` ``[d]``. They start
-    tied: decoder rows are random directions of unit norm, ``W_enc = W_dec``, biases 0.
+    ``pre = W_enc (x - b_dec) + b_enc`` (`b_dec` only with ``config.pre_bias``), ``codes = select(pre)`` as
+    ``config.select`` says, ``ŷ = Σ_j v_j W_dec[i_j] + b_dec (+ W_skip x)``.
+
+    Parameters (row = latent): `W_enc` ``[m, d]``, `b_enc` ``[m]``, `W_dec` ``[m, d_out]``, `b_dec` ``[d_out]``, and
+    what the configuration calls for: `W_skip` ``[d_out, d]``; `threshold` ``[m]`` of select 'threshold'; `r_mag` and
+    `b_mag` ``[m]`` of a gated coder, whose values are ``exp(r_mag) · (pre - b_enc) + b_mag`` where ``pre > 0``. Select
+    'batch_topk' has a buffer `threshold` (a scalar, the running mean of the smallest selected score) for eval mode.
+
+    They start tied: decoder rows are random directions of unit norm, ``W_enc = W_dec`` (independent directions where
+    the widths differ), all else 0.
 
     Args:
         config: a `SparseCoderConfig`.
@@ -94,8 +82,10 @@ class SparseCoder(nn.Module):
             raise TypeError(f"config must be a fusae.nn.SparseCoderConfig, got {type(config).__name__}")
         self.config = config
         self.sparse_grad = sparse_grad
-        for name, (shape, dtype) in _tensors(config).items():
+        for name, (shape, dtype) in config.parameters().items():
             setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        for name, (shape, dtype) in config.buffers().items():
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         if seed is not None:
             self.tied_init_(_fields.whole("seed", seed))
 
@@ -114,37 +104,79 @@ class SparseCoder(nn.Module):
                 smaller and known: the result has less padding, which costs time and changes nothing.
 
         Returns:
-            `SparseCodes` ``[..., k]``, or a pair (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach
-            x, `W_enc`, `b_enc` and `b_dec` through both.
+            `SparseCodes` ``[..., k]`` (ragged, of all rows joined, for select 'batch_topk' and 'threshold'), or a pair
+            (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach x, `W_enc`, `b_enc` and `b_dec` through
+            both; thresholds only through `fusae.nn.objectives.JumpReLU`.
         """
-        self._check_input(x)
-        config = self.config
-        if aux_mask is not None and config.k_aux == 0:
-            raise ValueError("aux_mask was given but config.k_aux is 0; make the coder with k_aux >= 1")
-        norms = None
-        if config.select_by_norm:
-            acc = _checks.accumulator(self.W_dec.dtype)
-            norms = torch.linalg.vector_norm(self.W_dec.detach(), dim=1, dtype=acc)
-        return encode_topk(
-            x - self.b_dec.detach(),
-            self.W_enc,
-            _PreBias.apply(self.b_enc, self.b_dec, self.W_enc.detach()),
-            config.k,
-            config.activation,
-            config.select,
-            norms=norms,
-            aux_mask=aux_mask,
-            k_aux=0 if aux_mask is None else config.k_aux if k_aux is None else k_aux,
-            sparse_grad=self.sparse_grad,
-        )
+        codes, _, aux = self.select(x, aux_mask, k_aux)
+        return codes if aux_mask is None else (codes, aux)
 
-    def decode(self, codes: SparseCodes) -> Tensor:
-        """The reconstruction ``[..., d]`` of codes over the m latents."""
-        return decode(codes, self.W_dec, self.b_dec, sparse_grad=self.sparse_grad)
+    def select(
+        self, x: Tensor, aux_mask: Tensor | None = None, k_aux: int | None = None
+    ) -> tuple[SparseCodes, Tensor | None, SparseCodes | None]:
+        """`encode`, and for a batch top-k in training the smallest selected score: (codes, smallest, aux codes)."""
+        self.check_input(x)
+        config = self.config
+        if aux_mask is None:
+            k_aux = 0
+        elif config.k_aux == 0:
+            raise ValueError("aux_mask was given but config.k_aux is 0; make the coder with k_aux >= 1")
+        elif k_aux is None:
+            k_aux = config.k_aux
+        inputs, bias = self.encoder_input(x)
+        aux = {"aux_mask": aux_mask, "k_aux": k_aux, "sparse_grad": self.sparse_grad}
+        norms = self.decoder_norms() if config.select_by_norm else None
+        if config.select == "threshold":
+            codes = encode_threshold(
+                inputs, self.W_enc, bias, 0.0 if config.gated else self.threshold.detach(), norms=norms,
+                sparse_grad=self.sparse_grad,
+            )  # fmt: skip
+            return self.magnitudes(codes) if config.gated else codes, None, None
+        if config.select != "batch_topk":
+            found = encode_topk(
+                inputs, self.W_enc, bias, config.k, config.activation, config.select, norms=norms, **aux
+            )
+            return (found, None, None) if aux_mask is None else (found[0], None, found[1])
+        if self.training:
+            found = encode_batch_topk(inputs, self.W_enc, bias, config.k, config.activation, norms=norms, **aux)
+            return (*found, None) if aux_mask is None else found
+        if aux_mask is not None:
+            raise ValueError("aux_mask is for training: in eval mode a batch top-k has a threshold; call .train()")
+        threshold = self.threshold.to(_checks.accumulator(x.dtype))
+        codes = encode_threshold(inputs, self.W_enc, bias, threshold, norms=norms, sparse_grad=self.sparse_grad)
+        return codes, None, None
+
+    def encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the encoding ops take for `x`: input less `b_dec`, and a bias whose gradient also reaches `b_dec`."""
+        if not self.config.pre_bias:
+            return x, self.b_enc
+        return x - self.b_dec.detach(), _PreBias.apply(self.b_enc, self.b_dec, self.W_enc.detach())
+
+    def decoder_norms(self) -> Tensor:
+        """``[m]`` norms of the decoder rows, for a row joined from sites the sum of its parts' norms. Detached."""
+        acc = _checks.accumulator(self.W_dec.dtype)
+        parts = self.W_dec.detach().split(list(self.config.sites or (self.W_dec.shape[1],)), dim=1)
+        return torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=acc) for part in parts]).sum(0)
+
+    def magnitudes(self, gates: SparseCodes) -> SparseCodes:
+        """The codes of a gated coder from its open gates."""
+        latents = gates.indices.long()
+        values = torch.exp(self.r_mag[latents]) * (gates.values - self.b_enc[latents]) + self.b_mag[latents]
+        return SparseCodes(torch.relu(values).to(gates.values.dtype), gates.indices, gates.m, gates.offsets)
+
+    def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
+        """The output ``[..., d_out]`` for codes over the m latents; with a skip connection, of the input `x` too."""
+        if self.config.skip and x is None:
+            raise ValueError("x must be given: the output of a coder with a skip connection depends on its input")
+        return self.add_skip(decode(codes, self.W_dec, self.b_dec, sparse_grad=self.sparse_grad), x)
+
+    def add_skip(self, y: Tensor, x: Tensor | None) -> Tensor:
+        """``y + W_skip x``; `y` itself where the coder has no skip connection."""
+        return y + F.linear(x.reshape(*y.shape[:-1], -1), self.W_skip) if self.config.skip else y
 
     def forward(self, x: Tensor) -> Tensor:
-        """The reconstruction of `x` ``[..., d]``."""
-        return self.decode(self.encode(x))
+        """The output ``[..., d_out]`` for `x` ``[..., d]``."""
+        return self.decode(self.encode(x), x).reshape(*x.shape[:-1], self.config.output_width)
 
     def loss(
         self,
@@ -155,85 +187,22 @@ class SparseCoder(nn.Module):
         aux_coefficient: float = 1 / 32,
         variance: Tensor | float | None = None,
     ) -> CoderLoss:
-        """The training loss of a batch: normalised squared error, plus AuxK for dead latents. No host sync.
-
-        Its sums do not depend on the number of threads. With `dead`, a reconstruction in a 16-bit dtype is rounded once
-        before `b_dec` is added and once after; without, and in `decode`, only after.
+        """The loss of a top-k autoencoder: `fusae.nn.objectives.TopK` of the rows `x` ``[..., d]``.
 
         Args:
             x: ``[..., d]``.
-            dead: bool ``[m]``, or None for no AuxK term. The dead latents' best `k_aux` reconstruct the residual
-                ``x - x̂`` (detached), without `b_dec`; normalised by the variance of the residual; 0 where that is 0 or
-                nothing is dead.
+            dead: bool ``[m]``, or None for no AuxK term.
             k_aux: as in `encode`.
             aux_coefficient: weight of the AuxK term.
-            variance: mean squared distance of the data from their mean, by which the error is divided, above 0 (a
-                tensor is not looked at); None: that of the batch.
+            variance: as in `fusae.nn.objectives.Moment`.
 
         Raises:
             ValueError, TypeError: naming the argument.
-
-        Equivalent to::
-
-            mse = (x - x_hat).square().sum(-1).mean() / variance
-            e = (x - x_hat).detach()
-            aux = (e - e_hat).square().sum(-1).mean() / (e - e.mean(0)).square().sum(-1).mean()
-            loss = mse + aux_coefficient * aux
         """
-        self._check_input(x)
-        x = x.reshape(-1, self.config.d)
-        n = x.shape[0]
-        if n == 0:
-            raise ValueError(f"x must have at least one row, got shape {list(x.shape)}")
-        if variance is not None and not isinstance(variance, Tensor):
-            _fields.number("variance", variance, above=True)
-        acc = _checks.accumulator(x.dtype)
-        if dead is None:
-            codes = self.encode(x)
-            reconstruction, aux_reconstruction = self.decode(codes), None
-        else:
-            codes, aux_codes = self.encode(x, dead, k_aux)
-            reconstruction, aux_reconstruction = self._decode_both(codes, aux_codes)
-        target = x.to(acc)
-        error = reconstruction.to(acc) - target
-        sse = total(error.square())
-        if variance is None:
-            variance = total((target - target.mean(0)).square()) / n
-            variance = torch.where(variance > 0, variance, 1.0)  # rows all alike: the plain error
-        mse = sse / n / variance
-        loss, aux = mse, None
-        if aux_reconstruction is not None:
-            residual = -error.detach()
-            spread = total((residual - residual.mean(0)).square())
-            used = (spread > 0) & dead.any()
-            # Divided by 1 where unused: a division by 0 would put NaN into the gradients even behind a `where`.
-            aux = total((aux_reconstruction.to(acc) - residual).square()) / torch.where(used, spread, 1.0)
-            aux = torch.where(used, aux, 0.0)
-            loss = mse + aux_coefficient * aux
-        return CoderLoss(
-            loss,
-            mse.detach(),
-            None if aux is None else aux.detach(),
-            sse.detach(),
-            codes.detach(),
-            reconstruction.detach(),
-        )
+        return TopK(aux_coefficient)(self, x, None, Moment(dead, k_aux, variance))
 
-    def _decode_both(self, codes: SparseCodes, aux: SparseCodes) -> tuple[Tensor, Tensor]:
-        """``(decode(codes) + b_dec, decode(aux))`` in one pass: one gradient of `W_dec`, not two to add up.
-
-        `decode` would add `b_dec` to the rows of both, so it is added after; in 16 bits that rounds once more.
-        """
-        n, k, k_aux = len(codes), codes.values.shape[1], aux.values.shape[1]
-        device = codes.device
-        offsets = torch.cat([torch.arange(n, device=device) * k, torch.arange(n + 1, device=device) * k_aux + n * k])
-        values = torch.cat([codes.values.reshape(-1), aux.values.reshape(-1)])
-        indices = torch.cat([codes.indices.reshape(-1), aux.indices.reshape(-1)])
-        both = SparseCodes(values, indices, codes.m, offsets)
-        main, extra = decode(both, self.W_dec, sparse_grad=self.sparse_grad).split(n)
-        return main + self.b_dec, extra
-
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raises `TypeError` or `ValueError` where `x` is no ``[..., d]`` of the dtype of the parameters."""
         d = self.config.d
         if not isinstance(x, Tensor):
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
@@ -246,20 +215,39 @@ class SparseCoder(nn.Module):
             )
 
     @torch.no_grad()
+    def update_threshold_(self, smallest: Tensor, decay: float, steps: int) -> None:
+        """Take the smallest selected score of a step into the running mean that is the threshold in eval mode.
+
+        Args:
+            smallest: scalar, from `select`; not finite (nothing was selected): no change.
+            decay: of the running mean in the long run; in the first steps the mean is over fewer.
+            steps: taken before this one.
+        """
+        decay = min(decay, steps / (steps + 10))
+        after = torch.lerp(smallest.to(self.threshold.dtype), self.threshold, decay)
+        self.threshold.copy_(torch.where(torch.isfinite(smallest), after, self.threshold))
+
+    @torch.no_grad()
     def tied_init_(self, seed: int = 0) -> SparseCoder:
-        """Decoder rows: random directions of unit norm; ``W_enc = W_dec``; biases 0."""
+        """Decoder rows: random directions of unit norm; ``W_enc = W_dec``, or random ones of their own where the widths
+        differ; all else 0."""
+        for name in (*self.config.parameters(), *self.config.buffers()):
+            if name not in ("W_enc", "W_dec"):
+                getattr(self, name).zero_()
         random_unit_rows_(self.W_dec, seed)
-        self.W_enc.copy_(self.W_dec)
-        self.b_enc.zero_()
-        self.b_dec.zero_()
+        if self.W_enc.shape == self.W_dec.shape:
+            self.W_enc.copy_(self.W_dec)
+        else:
+            random_unit_rows_(self.W_enc, seed + 1)
         return self
 
     @torch.no_grad()
     def init_b_dec_(self, x: Tensor, method: str = "geometric_median") -> SparseCoder:
-        """Set `b_dec` to the centre of the rows of `x` ``[n, d]``: their 'geometric_median' or their 'mean'."""
+        """Set `b_dec` to the centre of the rows of `x` ``[n, d_out]``: their 'geometric_median' or their 'mean'."""
         _fields.choice("method", method, ("geometric_median", "mean"))
-        if x.ndim != 2 or x.shape[1] != self.config.d or x.shape[0] == 0:
-            raise ValueError(f"x must have shape [n, {self.config.d}] with at least one row, got {list(x.shape)}")
+        width = self.config.output_width
+        if x.ndim != 2 or x.shape[1] != width or x.shape[0] == 0:
+            raise ValueError(f"x must have shape [n, {width}] with at least one row, got {list(x.shape)}")
         acc = _checks.accumulator(x.dtype)
         self.b_dec.copy_(geometric_median(x) if method == "geometric_median" else x.mean(0, dtype=acc))
         return self
@@ -270,23 +258,67 @@ class SparseCoder(nn.Module):
         return self
 
     @torch.no_grad()
-    def fold_input_(self, scale: float = 1.0, centre: Tensor | None = None) -> SparseCoder:
-        """Turn a coder trained on ``scale · (x - centre)`` into the same coder of plain ``x``, with the same latents
-        selected.
+    def fold_input_(
+        self,
+        scale: float = 1.0,
+        centre: Tensor | None = None,
+        out_scale: float | None = None,
+        out_centre: Tensor | None = None,
+    ) -> SparseCoder:
+        """Turn a coder trained on centred and scaled rows into the same coder of plain ones, the same latents selected.
 
-        Divides both biases and moves `b_dec`: ``coder(x) = trained(scale · (x - centre)) / scale + centre``.
+        ``coder(x) = trained(scale · (x - centre)) / out_scale + out_centre``. Decoder rows keep their norms.
 
         Args:
-            scale: above 0.
-            centre: ``[d]``, of plain inputs; None: 0.
+            scale, out_scale: above 0; `out_scale` None: `scale`.
+            centre, out_centre: ``[d]`` and ``[d_out]``, of plain rows; None: 0, but an autoencoder's `out_centre` is
+                its `centre`.
         """
-        _fields.number("scale", scale, above=True)
-        if centre is not None and centre.shape != self.b_dec.shape:
-            raise ValueError(f"centre must have shape {list(self.b_dec.shape)}, got {list(centre.shape)}")
-        self.b_enc /= scale
-        self.b_dec /= scale
+        config = self.config
+        out_scale = scale if out_scale is None else out_scale
+        for name, value in (("scale", scale), ("out_scale", out_scale)):
+            _fields.number(name, value, above=True)
+        if out_centre is None and config.d_out is None:
+            out_centre = centre
+        for name, value, width in (("centre", centre, config.d), ("out_centre", out_centre, config.output_width)):
+            if value is not None and value.shape != (width,):
+                raise ValueError(f"{name} must have shape [{width}], got {list(value.shape)}")
+        if config.pre_bias and (scale != out_scale or out_centre is not centre):
+            raise ValueError("scale and centre must be the same on both sides of a coder with pre_bias")
+        for name in ("b_enc", "b_dec", "b_mag", "threshold"):
+            if hasattr(self, name):
+                getattr(self, name).div_(out_scale)
+        if scale != out_scale:
+            self.W_enc *= scale / out_scale
+        if config.skip:
+            self.W_skip *= scale / out_scale
         if centre is not None:
-            self.b_dec += centre.to(self.b_dec)
+            centre = centre.to(self.W_enc)
+            if not config.pre_bias:
+                self.b_enc -= self.W_enc @ centre
+            if config.skip:
+                self.b_dec -= self.W_skip @ centre
+        if out_centre is not None:
+            self.b_dec += out_centre.to(self.b_dec)
+        return self
+
+    @torch.no_grad()
+    def fold_norms_(self) -> SparseCoder:
+        """Scale every latent so that its decoder norm is 1, the output unchanged; norms no longer matter to selection.
+
+        A latent of decoder norm 0 stays as it is. With `select_by_norm`, the same latents are selected without it then.
+        """
+        norms = self.decoder_norms()
+        norms = torch.where(norms > 0, norms, 1.0)
+        if not self.config.select_by_norm and self.config.select not in ("threshold",):
+            raise ValueError("norms can be folded where selection goes by norm or by a threshold per latent; else the "
+                             "folded coder would select other latents")  # fmt: skip
+        for name in ("W_enc", "b_enc", "b_mag", "threshold"):
+            value = getattr(self, name, None)
+            if value is not None and value.ndim:
+                value.mul_(norms.to(value.dtype).view(-1, *[1] * (value.ndim - 1)))
+        self.W_dec.div_(norms.to(self.W_dec.dtype)[:, None])
+        self.config = dataclasses.replace(self.config, select_by_norm=False)
         return self
 
     def save(self, folder: str | Path) -> Path:
@@ -303,7 +335,7 @@ class SparseCoder(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str | None = None) -> SparseCoder:
-        """Read what `save` wrote.
+        """Read what `save` wrote; in eval mode.
 
         Raises:
             FileNotFoundError: a file is not there.
@@ -320,11 +352,9 @@ class SparseCoder(nn.Module):
         with torch.no_grad():
             for name, weight in weights:
                 getattr(coder, name).copy_(weight)
-        return coder
+        return coder.eval()
 
 
 def _tensors(config: SparseCoderConfig) -> dict[str, tuple[list[int], torch.dtype]]:
-    """Shape and dtype of every parameter."""
-    d, m, dtype = config.d, config.m, config.torch_dtype
-    shapes = {"W_enc": [m, d], "b_enc": [m], "W_dec": [m, d], "b_dec": [d]}
-    return {name: (shape, dtype) for name, shape in shapes.items()}
+    """Shape and dtype of all that is saved."""
+    return {**config.parameters(), **config.buffers()}
