@@ -11,7 +11,17 @@ import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the onl
 from ._dispatch import BackendError, backend
 from .codes import SparseCodes
 from .info import explain
-from .ops import DecodeLoss, adam_rows_, codes_from_dense, decode, decode_loss, encode_topk, topk
+from .ops import (
+    DecodeLoss,
+    adam_rows_,
+    codes_from_dense,
+    decode,
+    decode_loss,
+    encode_batch_topk,
+    encode_threshold,
+    encode_topk,
+    topk,
+)
 
 __version__ = importlib.metadata.version("fusae")
 
@@ -24,6 +34,8 @@ __all__ = [
     "codes_from_dense",
     "decode",
     "decode_loss",
+    "encode_batch_topk",
+    "encode_threshold",
     "encode_topk",
     "explain",
     "topk",

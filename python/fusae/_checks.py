@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from .codes import SparseCodes
 
 __all__ = [
-    "accumulator", "autocast", "choice", "codes", "count", "dense", "floating", "like", "matrix", "number",
-    "row_gradient", "tensor", "vector",
+    "accumulator", "autocast", "auxiliary", "choice", "codes", "count", "dense", "encoder", "floating", "like",
+    "matrix", "norms", "number", "row_gradient", "tensor", "vector",
 ]  # fmt: skip
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -120,6 +120,42 @@ def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     dtype = torch.get_autocast_dtype(device)
     same = (None, torch.float64, dtype)
     return tuple(t if getattr(t, "dtype", None) in same else _Cast.apply(t, dtype) for t in tensors)
+
+
+def encoder(x: object, W_enc: object, b_enc: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x ``[..., d]``, W_enc ``[m, d]`` and b_enc ``[m]`` or None, in the autocast dtype."""
+    x, W_enc = floating("x", x), dense("W_enc", W_enc)
+    if x.ndim < 1:
+        raise ValueError("x must have shape [..., d], got a scalar")
+    x, W_enc, b_enc = autocast(x, W_enc, b_enc)
+    W_enc = matrix("W_enc", W_enc, x.shape[-1], "x")
+    like("W_enc", W_enc, "x", x)
+    if b_enc is not None:
+        vector("b_enc", b_enc, W_enc.shape[0], "one per latent")
+        like("b_enc", b_enc, "x", x)
+    return x, W_enc, b_enc
+
+
+def norms(value: Tensor | None, m: int, x: Tensor) -> Tensor | None:
+    """``[m]`` factors of scores, without a gradient, in the dtype of sums."""
+    if value is None:
+        return None
+    vector("norms", value, m, "one per latent")
+    like("norms", value, "x", x, dtype=False)
+    return value.detach().to(accumulator(x.dtype))
+
+
+def auxiliary(aux_mask: Tensor | None, k_aux: object, m: int, x: Tensor) -> int:
+    """The width of an auxiliary selection among the latents where the ``[m]`` bool mask is true; 0 without a mask."""
+    if aux_mask is None:
+        if k_aux != 0:
+            raise ValueError(f"k_aux must be 0 without aux_mask, got {k_aux}; pass the mask of latents to choose from")
+        return 0
+    vector("aux_mask", aux_mask, m, "one per latent")
+    like("aux_mask", aux_mask, "x", x, dtype=False)
+    if aux_mask.dtype != torch.bool:
+        raise TypeError(f"aux_mask must be bool, got {aux_mask.dtype}")
+    return count("k_aux", k_aux, m, "m")
 
 
 def row_gradient(grad: Tensor) -> Tensor:

@@ -6,7 +6,19 @@ from .adam_rows import adam_rows_
 from .codes_from_dense import codes_from_dense
 from .decode import decode
 from .decode_loss import DecodeLoss, decode_loss
+from .encode_batch_topk import encode_batch_topk
+from .encode_threshold import encode_threshold
 from .encode_topk import encode_topk
 from .topk import topk
 
-__all__ = ["DecodeLoss", "adam_rows_", "codes_from_dense", "decode", "decode_loss", "encode_topk", "topk"]
+__all__ = [
+    "DecodeLoss",
+    "adam_rows_",
+    "codes_from_dense",
+    "decode",
+    "decode_loss",
+    "encode_batch_topk",
+    "encode_threshold",
+    "encode_topk",
+    "topk",
+]

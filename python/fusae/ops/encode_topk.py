@@ -11,7 +11,7 @@ from .. import _checks, _dispatch
 from ..codes import SparseCodes
 
 ACTIVATIONS = ("relu", "none")
-SELECTS = ("topk", "abs")
+SELECTS = ("topk", "abs", "group_max")
 
 
 def _fwd_fake(x, W_enc, b_enc, norms, aux_mask, k, k_aux, activation, select, backend=None):
@@ -100,7 +100,9 @@ def encode_topk(
         b_enc: ``[m]`` encoder bias, dtype of `x`, or None.
         k: latents kept per row, ``1 <= k <= m``.
         activation: 'relu' (a selected latent at or below 0 gets value +0 and no gradient) or 'none'.
-        select: 'topk' by pre-activation, or 'abs' by its magnitude (AbsTopK, arXiv:2510.00404; activation 'none').
+        select: 'topk' by pre-activation; 'abs' by its magnitude (AbsTopK, arXiv:2510.00404; activation 'none'); or
+            'group_max', the largest pre-activation of each of `k` groups of m / k neighbouring latents (GroupMax, as in
+            EleutherAI's sparsify), in the order of the groups.
         norms: ``[m]`` float32; selection by ``pre · norms`` (pass the decoder row norms). Values stay pre-activations.
         aux_mask: ``[m]`` bool (dead latents): a second, independent top-`k_aux` among the latents where it is true,
             from the same pass (AuxK, Gao et al. 2024, arXiv:2406.04093). Filled up with value 0 where there are fewer.
@@ -109,28 +111,19 @@ def encode_topk(
         backend: run on this backend or raise (default: the first that can).
 
     Returns:
-        `SparseCodes` ``[..., k]``, or a pair (main, auxiliary) when `aux_mask` is given. Sorted: larger score first,
-        equal scores by the lower latent, NaN largest of all; decided on float32 sums before activation and rounding.
-        Gradients reach `x`, `W_enc` and `b_enc` through the selected latents only; there is no forward-mode derivative
-        (``torch.func.jvp``) and no second one. Under ``torch.vmap`` a batched `x` is one call; batched weights and the
-        gradients of a batch take one call per element.
+        `SparseCodes` ``[..., k]``, or a pair (main, auxiliary) when `aux_mask` is given. Sorted (but for 'group_max'):
+        larger score first, equal scores by the lower latent, NaN largest of all; decided on float32 sums before
+        activation and rounding. Gradients reach `x`, `W_enc` and `b_enc` through the selected latents only; there is no
+        forward-mode derivative (``torch.func.jvp``) and no second one. Under ``torch.vmap`` a batched `x` is one call;
+        batched weights and the gradients of a batch take one call per element.
 
     Equivalent to::
 
         values, indices = torch.topk(torch.nn.functional.linear(x, W_enc, b_enc), k)
         values = values.relu()
     """
-    x, W_enc = _checks.floating("x", x), _checks.dense("W_enc", W_enc)
-    if x.ndim < 1:
-        raise ValueError("x must have shape [..., d], got a scalar")
-    x, W_enc, b_enc = _checks.autocast(x, W_enc, b_enc)
-    d = x.shape[-1]
-    W_enc = _checks.matrix("W_enc", W_enc, d, "x")
-    _checks.like("W_enc", W_enc, "x", x)
-    m = W_enc.shape[0]
-    if b_enc is not None:
-        _checks.vector("b_enc", b_enc, m, "one per latent")
-        _checks.like("b_enc", b_enc, "x", x)
+    x, W_enc, b_enc = _checks.encoder(x, W_enc, b_enc)
+    m, d = W_enc.shape
     k = _checks.count("k", k, m, "m")
     _checks.choice("activation", activation, ACTIVATIONS)
     _checks.choice("select", select, SELECTS)
@@ -138,19 +131,10 @@ def encode_topk(
         raise ValueError(
             f"activation must be 'none' with select 'abs' (a ReLU would empty the negative ones), got {activation!r}"
         )
-    if norms is not None:
-        _checks.vector("norms", norms, m, "one per latent")
-        _checks.like("norms", norms, "x", x, dtype=False)
-        norms = norms.detach().to(_checks.accumulator(x.dtype))
-    if aux_mask is None:
-        if k_aux != 0:
-            raise ValueError(f"k_aux must be 0 without aux_mask, got {k_aux}; pass the mask of latents to choose from")
-    else:
-        _checks.vector("aux_mask", aux_mask, m, "one per latent")
-        _checks.like("aux_mask", aux_mask, "x", x, dtype=False)
-        if aux_mask.dtype != torch.bool:
-            raise TypeError(f"aux_mask must be bool, got {aux_mask.dtype}")
-        k_aux = _checks.count("k_aux", k_aux, m, "m")
+    if select == "group_max" and m % k:
+        raise ValueError(f"k must divide m = {m} with select 'group_max' (k groups of latents of one size), got {k}")
+    norms = _checks.norms(norms, m, x)
+    k_aux = _checks.auxiliary(aux_mask, k_aux, m, x)
     values, indices, aux_values, aux_indices = _EncodeTopK.apply(
         x.reshape(-1, d), W_enc, b_enc, norms, aux_mask, k, k_aux, activation, select, sparse_grad,
         _dispatch.requested(backend),
