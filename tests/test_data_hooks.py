@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sites of tiny random models against plain hooks, batches of chunks that differ in length, and what is refused."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -286,3 +288,14 @@ def test_with_hidden_puts_back_every_form():
     assert flat.shape == (6, 4) and flat.eq(1).all()
     output = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=old)
     assert hooks.with_hidden(output, new).last_hidden_state.equal(new) and output.last_hidden_state.equal(old)
+
+
+def test_limits_of_a_model_of_text_and_more_are_those_of_its_text_part():
+    model = Changing()
+    text = types.SimpleNamespace(vocab_size=16, max_position_embeddings=8)
+    model.config = types.SimpleNamespace(get_text_config=lambda: text)
+    hooks.check_chunks(np.full((2, 8), 15), model)
+    with pytest.raises(ValueError, match="the model's vocabulary has 16"):
+        hooks.check_chunks(np.full((2, 8), 16), model)
+    with pytest.raises(ValueError, match="Changing has 8 positions"):
+        hooks.check_chunks(np.full((2, 9), 15), model)

@@ -244,8 +244,7 @@ def check_chunks(chunks: Any, model: nn.Module) -> TokenChunks:
     positions, or chunks of different lengths for a model that takes no attention mask.
     """
     chunks = TokenChunks.of(chunks)
-    config = getattr(model, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
+    vocabulary = getattr(text_config(model), "vocab_size", None)
     low, high = int(chunks.ids.min()), int(chunks.ids.max())
     if low < 0 or (vocabulary is not None and high >= vocabulary):
         raise ValueError(f"chunks hold ids {low} to {high}, the model's vocabulary has {vocabulary} tokens from 0 on")
@@ -266,8 +265,14 @@ def positions_of(model: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES:
             padding = -1 if module.padding_idx is None else module.padding_idx
             return module.num_embeddings - getattr(module, "offset", padding + 1)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    positions = getattr(text_config(model), "max_position_embeddings", None)
     return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a `transformers` model, of a model of text and more the one of its text part; None without."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 _POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")

@@ -82,29 +82,27 @@ def _load_folder(path: Path, dtype: str) -> LoadedModel:
     auto, kind = _class_for(transformers, path)
     _check_weights(path)
     options = {"local_files_only": True, "trust_remote_code": False}
-    with quiet(transformers):
-        with _said(f"path: {path} cannot be loaded as a model"):
-            model, info = auto.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-            )
-        # A pooler is no part of the hidden states, and checkpoints of masked LMs lack it.
-        missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
-        if missing:
-            raise ValueError(
-                f"path: the weights in {path} do not make up a {type(model).__name__}: {len(missing)} are missing, "
-                f"such as {missing[0]}"
-            )
-        if model.main_input_name != "input_ids":
-            raise ValueError(
-                f"path: {path} holds a {type(model).__name__}, which takes {model.main_input_name}, not text"
-            )
-        if not any((path / name).exists() for name in _TOKENIZER_FILES):
-            raise ValueError(
-                f"path: {path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it there with "
-                "tokenizer.save_pretrained"
-            )
-        with _said(f"path: the tokenizer of {path} cannot be loaded"):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    with quiet(transformers), _said(f"path: {path} cannot be loaded as a model"):
+        model, info = auto.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    # A pooler is no part of the hidden states, and checkpoints of masked LMs lack it.
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key.split("."))
+    other = sorted(f"{key} is {list(saved)}, not {list(built)}" for key, saved, built in info["mismatched_keys"])
+    if missing or other:
+        wrong = f"{len(missing)} are missing, such as {missing[0]}" if missing else f"{len(other)} differ: {other[0]}"
+        raise ValueError(
+            f"path: the weights in {path} do not make up the {type(model).__name__} of its config.json: {wrong}"
+        )
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"path: {path} holds a {type(model).__name__}, which takes {model.main_input_name}, not text")
+    if not any((path / name).exists() for name in _TOKENIZER_FILES):
+        raise ValueError(
+            f"path: {path} has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); save it there with "
+            "tokenizer.save_pretrained"
+        )
+    with _said(f"path: the tokenizer of {path} cannot be loaded"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     fast = getattr(tokenizer, "backend_tokenizer", None)
     if fast is None:
         raise ValueError(
@@ -156,7 +154,7 @@ def _check_weights(path: Path) -> None:
         names = ["model.safetensors"]
     elif index.exists():
         parts = _json(index).get("weight_map")
-        if not isinstance(parts, dict) or not parts:
+        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
             raise ValueError(f"path: {index} has no weight_map, so which files hold the weights is not known")
         names = sorted(set(parts.values()))
     else:
@@ -183,9 +181,10 @@ def _check_safetensors(path: Path) -> None:
         raise ValueError(f"path: {path} is a pointer of Git LFS, not the weights; get them with git lfs pull")
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        wanted = 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: {path} is truncated or no safetensors file (its header cannot be read)") from error
-    if (wanted := 8 + length + max(ends, default=0)) != size:
+    if wanted != size:
         raise ValueError(f"path: {path} is truncated or damaged: it has {size:,} bytes, its header says {wanted:,}")
 
 
@@ -225,12 +224,14 @@ def require(name: str) -> Any:
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """No 'Loading weights' bar: a load of a second is not worth one."""
+    """No 'Loading weights' bar: a load of a second is not worth one. No table of weights that were not needed."""
     log = transformers.utils.logging
-    shown = log.is_progress_bar_enabled()
+    shown, verbosity = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
+    log.set_verbosity_error()
     try:
         yield
     finally:
+        log.set_verbosity(verbosity)
         if shown:
             log.enable_progress_bar()

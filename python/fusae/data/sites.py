@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from .hooks import INPUT
+from .hooks import INPUT, text_config
 
 # Names inside a block, of the layouts that are known: (input of the MLP, its output), and what attention adds.
 _MLP = (
@@ -44,9 +44,7 @@ def sites(model: nn.Module) -> list[Site]:
 
     Raises `ValueError` for a model without a stack of blocks or a ``config.hidden_size``.
     """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", None)
+    width = getattr(text_config(model), "hidden_size", None)
     stack = _stack_of(model)
     if stack is None or width is None:
         lacks = "stack of blocks (nn.ModuleList)" if stack is None else "config.hidden_size"
