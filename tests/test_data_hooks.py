@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sites of tiny random models against plain hooks, batches of chunks that differ in length, and what is refused."""
 
+import collections
 import types
 
 import numpy as np
@@ -284,6 +285,8 @@ def test_with_hidden_puts_back_every_form():
     assert hooks.with_hidden(old, new) is not old and hooks.with_hidden(old, new).equal(new)
     changed = hooks.with_hidden((old, "rest"), new)
     assert changed[0].equal(new) and changed[1] == "rest"
+    named = hooks.with_hidden(collections.namedtuple("Output", "hidden rest")(old, "rest"), new)
+    assert named.hidden.equal(new) and named.rest == "rest" and hooks.with_hidden([old, 1], new)[1] == 1
     flat = hooks.with_hidden(torch.zeros(6, 4), new)
     assert flat.shape == (6, 4) and flat.eq(1).all()
     output = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=old)

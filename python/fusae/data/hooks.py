@@ -170,7 +170,8 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
         changed[next(iter(output))] = hidden
         return changed
     if isinstance(output, tuple | list):
-        return type(output)((hidden, *output[1:]))
+        make = getattr(type(output), "_make", type(output))  # of a named tuple
+        return make((hidden, *output[1:]))
     return hidden.view(output.shape)
 
 
