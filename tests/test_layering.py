@@ -26,7 +26,7 @@ TOOLS = (
     "fusae.eval",
 )
 RULES = [
-    ("reference.py", ()),
+    ("reference/", ("fusae.reference",)),
     ("_vmap.py", ()),
     ("_dispatch.py", ("fusae._vmap",)),
     ("codes.py", ("fusae.ops",)),  # `from_dense` is a front of the op
