@@ -150,8 +150,8 @@ class Activations:
         """The mean row ``[d]`` in float64, over all rows; computed once."""
         if self._mean is None:
             total = torch.zeros(self.shape[1], dtype=torch.float64)
-            for start in range(0, len(self), 8192):
-                total += self.take(slice(start, start + 8192)).double().sum(0)
+            for start in range(0, len(self), 256):  # few at a time: their float64 copies stay in cache
+                total += self.take(slice(start, start + 256)).double().sum(0)
             self._mean = total / len(self)
         return self._mean
 
