@@ -140,8 +140,9 @@ def test_exported_coder_undoes_the_input_scale(tmp_path):
     x = 1000 * data()
     trainer = Trainer(config(epochs=5), x, show=False)
     coder = trainer.run()
-    assert trainer.variance == pytest.approx(1.0, rel=1e-4)
-    torch.testing.assert_close(coder(x), trainer.coder(x * trainer.scale) / trainer.scale, rtol=1e-4, atol=1e-2)
+    assert trainer.scaling.variance == pytest.approx(1.0, rel=1e-4)
+    inner = trainer.coder(trainer.scaling.apply(x)) / trainer.scaling.scales[0]
+    torch.testing.assert_close(coder(x), inner, rtol=1e-4, atol=1e-2)
     assert not coder.sparse_grad and torch.equal(coder.W_dec, trainer.coder.W_dec)
     fvu = (x - coder(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert fvu < 0.5
@@ -165,7 +166,7 @@ def test_logged_metrics_are_those_of_the_steps():
     rows.append(trainer._row())
     assert rows[0]["fvu"] == pytest.approx(sse / total)
     assert rows[0]["l0"] == active / (5 * B)
-    assert rows[0]["loss"] == pytest.approx(sse / (5 * B) / trainer.variance)
+    assert rows[0]["loss"] == pytest.approx(sse / (5 * B) / trainer.scaling.variance)
     assert rows[0]["aux_loss"] is None and rows[0]["dead"] == int(trainer.dead.mask().sum())
 
 
@@ -192,7 +193,7 @@ def test_measured_centre_and_scale_do_not_depend_on_the_number_of_threads():
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
             trainer = Trainer(config(b_dec_init="mean"), x, show=False)
-            found.add((trainer.scale, trainer.variance, tuple(trainer.coder.b_dec.tolist())))
+            found.add((trainer.scaling.scales, trainer.scaling.variance, tuple(trainer.coder.b_dec.tolist())))
     finally:
         torch.set_num_threads(before)
     assert len(found) == 1

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusae.data.activations import file_sha256
+from fusae.data import collect
 from fusae.train import Rows, TrainConfig, Trainer, open_data, train
 
 D, M, K, B = 12, 50, 3, 32
@@ -39,23 +39,52 @@ def test_float16_rows_on_disk_train_as_their_float32_values(tmp_path):
     assert about["data"]["path"] == str(tmp_path / "rows.npy")
 
 
+def collected(folder, dtype="float32"):
+    """Activations of a model that is a table of 640 rows."""
+    model = torch.nn.Sequential(torch.nn.Embedding(640, D))
+    model[0].weight.data = data()
+    chunks = np.arange(640).reshape(64, 10)
+    options = {"skip_positions": 0, "outlier_factor": None, "dtype": dtype, "source": "a model", "progress": False}
+    return collect(model, chunks, "0", folder, **options)
+
+
+class Lookup(torch.nn.Module):
+    """A "model" whose rows are those of a table."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.table = torch.nn.Embedding.from_pretrained(x.float())
+
+    def forward(self, ids):
+        return self.table(ids)
+
+
 def test_folder_of_activations(tmp_path):
     folder, x = tmp_path / "activations", data().half()
-    folder.mkdir()
-    np.save(folder / "rows.npy", x.numpy())
-    np.save(folder / "positions.npy", np.zeros((640, 2), np.int32))
-    about = {
-        "format": "fusae-activations-1", "complete": True, "cursor": {"chunks": 1}, "rows": 640, "d": D,
-        "dropped": {"first_positions": 2, "norm_outliers": 0}, "norm_limit": None,
-        "inputs": {"dtype": "float16", "source": "a model", "module": "layers.1", "chunks": 1},
-        "sha256": {name: file_sha256(folder / name) for name in ("rows.npy", "positions.npy")},
-    }  # fmt: skip
-    (folder / "activations.json").write_text(json.dumps(about))
+    chunks = np.arange(640).reshape(40, 16)
+    options = {"skip_positions": 0, "outlier_factor": None, "source": "a model", "progress": False}
+    collect(Lookup(x), chunks, "table", folder, **options)
     coder = train(config(), folder, tmp_path / "run", show=False)
     assert same_bits(coder, train(config(), x, show=False))
     said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
-    assert said["path"] == str(folder) and said["model"] == "a model" and said["module"] == "layers.1"
-    assert said["rows"] == 640 and said["dropped"] == about["dropped"]
+    assert said["path"] == str(folder) and said["model"] == "a model" and said["module"] == "table"
+    assert said["rows"] == 640 and said["dropped"] == dict.fromkeys(REASONS, 0)
+    assert said["storage"]["dtype"] == "float16" and said["sites"][0]["width"] == D
+
+
+def test_rows_straight_from_a_model(tmp_path):
+    chunks = np.arange(640).reshape(40, 16)
+    fields = config(tokens=1280, epochs=None)
+
+    def source():
+        return ActivationStream(Lookup(data()), chunks, "table", buffer_rows=128, skip_positions=0, source="a model")
+
+    coder = train(fields, source(), tmp_path / "run", show=False)
+    said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
+    assert said["rows"] is None and said["d"] == D and said["model"] == "a model" and said["ctx"] == 16
+    Trainer(fields, source(), tmp_path / "part", show=False).run(until=17)
+    resumed = Trainer(None, source(), tmp_path / "part", resume=True, show=False).run()
+    assert same_bits(coder, resumed)
 
 
 class Endless:

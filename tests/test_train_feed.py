@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The thread that makes batches ready: the same batches, the same places, its errors in the asking thread."""
 
+import gc
 import threading
 import time
 
@@ -94,9 +95,20 @@ def test_it_can_be_closed_and_goes_on():
     ours = feed(ahead=3)
     first = [ours.next()[0, 0].item() for _ in range(4)]
     ours.close()
-    assert threading.active_count() == 1 or "fusae feed" not in [t.name for t in threading.enumerate()]
+    assert ours._thread is None
     assert first + numbers(ours) == list(range(1, 11))
     ours.close()
+
+
+def test_the_thread_ends_with_what_it_feeds():
+    ours = feed(count=100, ahead=3)
+    ours.next()
+    thread = ours._thread
+    assert thread.is_alive()
+    del ours
+    gc.collect()
+    thread.join(5)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("ahead", [0, 2])

@@ -45,7 +45,7 @@ def test_a_run_stopped_while_k_falls_goes_on_with_the_same_bits(tmp_path):
     part = Trainer(chosen, data(), tmp_path / "run", show=False)
     assert part.run(until=7).config.k == chosen.resolve(D, 640).k_at(7) == 8
     again = Trainer(None, data(), tmp_path / "run", resume=True, show=False)
-    assert again.average.steps == 7 and torch.equal(again.centre, part.centre)
+    assert again.average.steps == 7 and torch.equal(again.scaling.centre, part.scaling.centre)
     ours, theirs = again.run().state_dict(), whole.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -82,10 +82,12 @@ def test_a_coder_of_centred_rows_is_saved_for_plain_ones(fields):
     x = data(offset=50.0)
     trainer = Trainer(config(centre_input=True, epochs=3, dtype="float64", **fields), x.double(), show=False)
     coder = trainer.run()
-    assert torch.allclose(trainer.centre, x.double().mean(0), atol=1e-9)
-    assert trainer.mean.abs().max() < 1e-9 and (trainer.scale == 1.0) == (not fields.get("scale_input", True))
+    assert torch.allclose(trainer.scaling.centre, x.double().mean(0), atol=1e-9)
+    assert trainer.scaling.mean.abs().max() < 1e-9
+    assert (trainer.scaling.scales == (1.0,)) == (not fields.get("scale_input", True))
     if "ema" not in fields:
-        inner = trainer.coder((x.double() - trainer.centre) * trainer.scale) / trainer.scale + trainer.centre
+        scaling = trainer.scaling
+        inner = trainer.coder(scaling.apply(x.double())) / scaling.scales[0] + scaling.centre
         torch.testing.assert_close(coder(x.double()), inner)
     fvu = (x - coder(x.double())).square().sum() / (x - x.mean(0)).square().sum()
     assert fvu < 0.6

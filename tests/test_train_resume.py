@@ -99,9 +99,10 @@ def test_a_diverged_state_leaves_the_last_good_checkpoint(tmp_path, name):
     trainer.run(until=3)
     good = (run / CHECKPOINT).read_bytes()
     moments = trainer.optimizer.state[trainer.coder.W_enc]
-    places = {"W_dec": trainer.coder.W_dec, "W_enc.exp_avg_sq": moments["exp_avg_sq"], "sums": trainer.interval.sums}
+    places = {"W_dec": trainer.coder.W_dec, "W_enc.exp_avg_sq": moments["exp_avg_sq"], "sums": trainer.interval.sums,
+              "mean": trainer.scaling.mean}  # fmt: skip
     with torch.no_grad():
-        places.get(name, getattr(trainer, name, None)).view(-1)[-1] = torch.inf
+        places[name].view(-1)[-1] = torch.inf
     message = rf"{name} holds NaN or infinite values after step 3: lower lr .*{CHECKPOINT} is of an earlier step"
     with pytest.raises(FloatingPointError, match=message):
         trainer.save_checkpoint()
@@ -171,7 +172,8 @@ def test_resuming_before_the_first_step_keeps_the_checkpoint(tmp_path):
         ("step", "3", "field 'step' must be a whole number, got str '3'"),
         ("step", 21, "field 'step' must be between 0 and the run's steps = 20, got 21"),
         ("seconds", None, "field 'seconds' must be a plain number, got NoneType"),
-        ("scale", 0.0, "field 'scale' must be greater than 0"),
+        ("scales", [0.0], "field 'scales' must be greater than 0"),
+        ("scales", [1.0, 1.0], "field 'scales' must be 1 numbers, got"),
         ("variance", "1", "field 'variance' must be a plain number, got str '1'"),
         ("interval", {}, "field 'interval.steps' is missing"),
         ("interval", {"steps": 1, "tokens": "x", "seconds": 1.0}, "field 'interval.tokens' must be a whole number"),

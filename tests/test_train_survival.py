@@ -122,7 +122,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path):
     for found, path in ((one, tmp_path / "whole"), (other, run)):
         file, header = native.open_tensors(path / CHECKPOINT, "")
         found.update({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        about.append({key: header[key] for key in ("step", "scale", "variance", "data", "dropped", "config")})
+        about.append({key: header[key] for key in ("step", "scales", "variance", "data", "dropped", "config")})
     assert about[0] == about[1]
     assert one.keys() == other.keys() > {"W_dec.average", "b_enc.exp_avg_sq", "tokens_since_fired"}
     for name, value in one.items():

@@ -1,39 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A short run on data with a known dictionary finds it."""
+"""Short runs on data with a known dictionary find it."""
 
+import statistics
+
+import pytest
 import torch
 
-from fusae.nn import SparseCoder, SparseCoderConfig
+from fusae.eval import ReconstructionMetrics, recovery
+from fusae.testing.known import known_dictionary
 from fusae.train import TrainConfig, train
 
-D, M, K = 32, 64, 3
+M, K = 64, 3
 
 
-def toy(n, seed=42):
-    """Rows with exactly K of M random unit directions, coefficients uniform in [0.5, 1.5]; and the directions."""
-    generator = torch.Generator().manual_seed(seed)
-    truth = torch.nn.functional.normalize(torch.randn(M, D, generator=generator), dim=1)
-    chosen = torch.rand(n, M, generator=generator).topk(K, 1).indices
-    codes = torch.zeros(n, M).scatter_(1, chosen, 0.5 + torch.rand(n, K, generator=generator))
-    return codes @ truth, truth
+@pytest.fixture(autouse=True)
+def _one_thread(_fixed_start):
+    torch.set_num_threads(1)  # matrices this small only lose by more
 
 
-def best_cosines(coder, truth):
-    """For every true direction, its cosine with the closest decoder row."""
-    return (torch.nn.functional.normalize(coder.W_dec.detach(), dim=1) @ truth.T).amax(0)
+def trained(data, held_out, truth, *, steps, seed, dead_window, b_dec_init="geometric_median"):
+    """A run of `steps` steps, and what it reached on rows it has not seen."""
+    config = TrainConfig(
+        m=M, k=K, batch_size=512, tokens=steps * 512, lr=0.01, warmup_steps=50, dead_window=dead_window, seed=seed,
+        b_dec_init=b_dec_init, device="cpu", log_every=500,
+    )  # fmt: skip
+    coder = train(config, data, show=False)
+    with torch.no_grad():
+        codes = coder.encode(held_out)
+        reached = ReconstructionMetrics(M).update(held_out, coder.decode(codes), codes).result()
+    rows = coder.W_dec.detach()
+    return rows, {**reached, "mcc": recovery.mcc(rows, truth), "mmcs": recovery.mmcs(rows, truth)}
 
 
 def test_recovers_the_dictionary():
-    # Six seeds gave: mean best cosine 0.982 to 0.992, share above 0.9 of 0.88 to 0.97, FVU 0.054 to 0.072.
-    rows, truth = toy(110_000)
+    """The known dictionary of 64 directions in 32 dimensions, three of them in a row: means of three seeds."""
+    # Measured: MCC 0.985 to 0.998, MMCS 0.992 to 0.998, FVU 0.045 to 0.053, 0 or 1 dead, PW-MCC 0.981. With one of the
+    # 64 directions missed FVU is 0.050; with k known and none missed 0.044.
+    rows, truth = known_dictionary(110_000)
     data, held_out = rows[:100_000], rows[100_000:]
-    config = TrainConfig(m=M, k=K, batch_size=256, tokens=600 * 256, lr=0.015, dead_window=10_000, log_every=200)
-    start = SparseCoder(SparseCoderConfig(d=D, m=M, k=K))
-    assert best_cosines(start, truth).mean() < 0.6
-    coder = train(config, data, show=False)
-    cosines = best_cosines(coder, truth)
-    fvu = (held_out - coder(held_out)).square().sum() / (held_out - held_out.mean(0)).square().sum()
-    assert cosines.mean() > 0.97
-    assert (cosines > 0.9).float().mean() > 0.85
-    assert fvu < 0.08
-    assert (coder.encode(held_out).l0.float().mean() - K).abs() < 0.1
+    runs = [trained(data, held_out, truth, steps=1000, seed=seed, dead_window=15_000) for seed in range(3)]
+    mean = {name: statistics.fmean(r[name] for _, r in runs) for name in ("mcc", "mmcs", "fvu", "dead_latents", "l0")}
+    assert mean["mcc"] >= 0.975 and mean["mmcs"] >= 0.99, mean
+    assert mean["fvu"] <= 0.056, mean
+    assert mean["dead_latents"] <= 2, mean
+    assert mean["l0"] == pytest.approx(K, abs=0.1)
+    assert recovery.pw_mcc([found for found, _ in runs]) >= 0.955
+
+
+def test_rows_far_from_the_origin_leave_no_latents_dead():
+    """Their mean is 10 times as long as their spread: from b_dec = 0 nearly all latents die, from the centre none."""
+    rows, truth = known_dictionary(50_000, offset=10.0)
+    data, held_out = rows[:40_000], rows[40_000:]
+    options = {"steps": 600, "seed": 0, "dead_window": 10_000}
+    _, centred = trained(data, held_out, truth, **options)  # measured: 0 or 1 dead, FVU 0.050 to 0.056
+    assert centred["dead_fraction"] <= 0.06 and centred["fvu"] <= 0.10, centred
+    _, from_zero = trained(data, held_out, truth, **options | {"steps": 200}, b_dec_init="zero")
+    assert from_zero["dead_fraction"] > 0.5 and from_zero["fvu"] > 0.5, from_zero

@@ -303,6 +303,30 @@ class SparseCoder(nn.Module):
         return self
 
     @torch.no_grad()
+    def fold_columns_(self, scale: Tensor, centre: Tensor | None = None) -> SparseCoder:
+        """`fold_input_` with a scale for every column ``[d]``, of input and output alike: a crosscoder's sites.
+
+        The values of the codes stay as they are and decoder rows change their norms: call `fold_norms_` first where
+        selection goes by norm.
+        """
+        config = self.config
+        if config.pre_bias or config.output_width != config.d:
+            raise ValueError("columns can be folded into coders without pre_bias whose output is of the input's width")
+        if config.select_by_norm:
+            raise ValueError("select_by_norm: call fold_norms_() first, or the folded coder would select other latents")
+        if scale.shape != (config.d,) or not bool((scale > 0).all()):
+            raise ValueError(f"scale must have shape [{config.d}] and be greater than 0, got shape {list(scale.shape)}")
+        scale = scale.to(self.W_enc)
+        self.W_enc *= scale
+        self.W_dec /= scale
+        self.b_dec /= scale
+        if centre is not None:
+            centre = centre.to(self.W_enc)
+            self.b_enc -= self.W_enc @ centre
+            self.b_dec += centre
+        return self
+
+    @torch.no_grad()
     def fold_norms_(self) -> SparseCoder:
         """Scale every latent so that its decoder norm is 1, the output unchanged; norms no longer matter to selection.
 

@@ -28,8 +28,8 @@ def save(trainer: Trainer, path: Path) -> None:
         "config": trainer.config.to_dict(),
         "step": trainer.step,
         "seconds": trainer.seconds,
-        "scale": trainer.scale,
-        "variance": trainer.variance,
+        "scales": list(trainer.scaling.scales),
+        "variance": trainer.scaling.variance,
         "interval": trainer.interval.counts,
         "data": trainer.feed.state_dict(),
         "dropped": trainer.feed.dropped,
@@ -54,8 +54,9 @@ def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     return {
         **{name: param.detach() for name, param in trainer.coder.named_parameters()},
         **{f"{name}.average": value for name, value in average.items()},
-        "centre": trainer.centre,
-        "mean": trainer.mean,
+        **{name: value for name, value in trainer.coder.named_buffers()},
+        "centre": trainer.scaling.centre,
+        "mean": trainer.scaling.mean,
         "sums": trainer.interval.sums,
         "tokens_since_fired": trainer.dead.tokens_since_fired,
         "rng_state": torch.get_rng_state(),
@@ -66,7 +67,7 @@ def read_about(path: Path) -> dict[str, Any]:
     """What a checkpoint says about itself, ``config`` as a `TrainConfig`; no tensor is read."""
     _, about = open_tensors(path, _WANTED)
     check_version(path, about, FORMAT, VERSION)
-    for field in ("config", "step", "seconds", "scale", "variance", "interval", "data", "dropped"):
+    for field in ("config", "step", "seconds", "scales", "variance", "interval", "data", "dropped"):
         if field not in about:
             raise FormatError(f"{path}: field {field!r} is missing")
     try:
@@ -88,8 +89,11 @@ def _checked(about: dict[str, Any]) -> TrainConfig:
         raise ValueError("'config': tokens must be given, got none")
     _fields.whole("'step'", about["step"], 0, config.steps, "the run's steps")
     _fields.number("'seconds'", about["seconds"])
-    for field in ("scale", "variance"):
-        _fields.number(f"{field!r}", about[field], above=True)
+    _fields.number("'variance'", about["variance"], above=True)
+    if not isinstance(about["scales"], list) or len(about["scales"]) != len(config.parts):
+        raise ValueError(f"'scales' must be {len(config.parts)} numbers, got {about['scales']!r}")
+    for scale in about["scales"]:
+        _fields.number("'scales'", scale, above=True)
     _fields.whole("'dropped'", about["dropped"])
     number = _fields.number
     for field, check in (("steps", _fields.whole), ("tokens", _fields.whole), ("seconds", number), ("waited", number)):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _fields
+from .forms import ARCHITECTURES, FORMS, PENALTIES, check_form, widths_of
 
 
 def _field(default: Any, help: str) -> Any:
@@ -21,7 +22,16 @@ class TrainConfig:
     """The choices of a training run. Checked on construction; `resolve` fills in what is left to the data."""
 
     m: int = dataclasses.field(metadata={"help": "latents (dictionary size)"})
-    k: int = _field(32, "latents active per token")
+    k: int = _field(32, "latents active per token: exactly, on average (batch_topk), or wanted (jumprelu)")
+    form: str = _field("topk", f"how latents are chosen and trained: {', '.join(map(repr, FORMS))}")
+    architecture: str = _field(
+        "autoencoder",
+        "'autoencoder'; 'transcoder' or 'skip_transcoder' from the first part of a row to the second; 'crosscoder' of "
+        "all parts of a row",
+    )
+    sites: str | None = _field(
+        None, "widths of the parts of a row, as '576,576'; default: of the sites that the activations were taken from"
+    )
     d: int | None = _field(None, "width of the activations; default: that of the data")
     k_start: int | None = _field(
         None, "latents active per token at the first step, falling linearly to k; default: k from the start"
@@ -50,8 +60,35 @@ class TrainConfig:
         True, "keep decoder rows at unit norm (gradient projected, rows renormalised each step)"
     )
     select_by_norm: bool = _field(False, "select latents by activation times decoder norm (for unit_decoder = false)")
-    k_aux: int | None = _field(None, "dead latents in the AuxK term; 0: no such term; default: d / 2, at most m")
+    k_aux: int | None = _field(
+        None, "dead latents in the AuxK term; 0: no such term; default: half the width of the output, at most m"
+    )
     aux_coefficient: float = _field(1 / 32, "weight of the AuxK term")
+    multi_topk: float = _field(
+        0.0, "weight of a second reconstruction from the best 4k latents (form topk); 1/8 is usual"
+    )
+    sparsity: float | None = _field(
+        None, "weight of the sparsity term (forms relu, jumprelu, gated); default: that of the form's publication"
+    )
+    sparsity_warmup: float = _field(0.1, "share of the steps, at the start, over which that weight rises from 0")
+    penalty: str = _field(
+        "l0", f"sparsity term of form jumprelu: {', '.join(map(repr, PENALTIES))}; the squared ones aim at an L0 of k"
+    )
+    bandwidth: float = _field(
+        0.001, "width of the window in which form jumprelu trains a threshold (scaled activations)"
+    )
+    straight_through: bool = _field(False, "form jumprelu: the window's gradient reaches the encoder as well")
+    threshold_init: float = _field(0.001, "initial threshold of form jumprelu (scaled activations)")
+    preact_coefficient: float = _field(
+        0.0, "weight of form jumprelu's term that revives dead latents; 3e-6 with 'tanh'"
+    )
+    threshold_decay: float = _field(
+        0.999, "decay rate of the running mean that gives forms batch_topk and matryoshka their threshold in use"
+    )
+    prefixes: str | None = _field(
+        None,
+        "widths of the nested dictionaries of form matryoshka, as '512,2048'; default: 1/16, 1/8, 1/4, 1/2 of m, m",
+    )
     dead_window: int | None = _field(
         None, "tokens without firing after which a latent is dead; default: 1/40 of all tokens, at most 10,000,000"
     )
@@ -103,30 +140,43 @@ class TrainConfig:
             _fields.whole("warmup_steps", self.warmup_steps)
         if self.k_aux is not None:
             _fields.whole("k_aux", self.k_aux, 0, self.m, "m")
-        for name in ("lr", "clip_norm"):
+        for name in ("lr", "clip_norm", "sparsity", "bandwidth"):
             if getattr(self, name) is not None:
                 _fields.number(name, getattr(self, name), above=True)
-        for name in ("eps", "aux_coefficient"):
+        for name in ("eps", "aux_coefficient", "multi_topk", "threshold_init", "preact_coefficient"):
             _fields.number(name, getattr(self, name))
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2", "ema", "threshold_decay"):
             _fields.number(name, getattr(self, name), 0.0, 1.0)
-        if _fields.number("decay", self.decay) > 1:
-            raise ValueError(f"decay must be between 0 and 1, a share of the steps, got {self.decay}")
-        for name in ("unit_decoder", "select_by_norm", "centre_input", "scale_input", "tensorboard"):
+        for name in ("decay", "sparsity_warmup"):
+            if _fields.number(name, getattr(self, name)) > 1:
+                raise ValueError(f"{name} must be between 0 and 1, a share of the steps, got {getattr(self, name)}")
+        for name in (
+            "straight_through",
+            "unit_decoder",
+            "select_by_norm",
+            "centre_input",
+            "scale_input",
+            "tensorboard",
+        ):
             _fields.flag(name, getattr(self, name))
+        _fields.choice("form", self.form, tuple(FORMS))
+        _fields.choice("architecture", self.architecture, ARCHITECTURES)
+        _fields.choice("penalty", self.penalty, PENALTIES)
         _fields.choice("optimizer", self.optimizer, ("dense", "masked"))
         _fields.choice("nonfinite", self.nonfinite, ("stop", "drop"))
         _fields.choice("b_dec_init", self.b_dec_init, ("geometric_median", "mean", "zero"))
         _fields.choice("dtype", self.dtype, ("float32", "float64", "bfloat16"))
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a string, got {type(self.device).__name__}")
+        check_form(self)
 
-    def resolve(self, d: int, tokens_per_epoch: int | None) -> TrainConfig:
+    def resolve(self, d: int, tokens_per_epoch: int | None, sites: tuple[int, ...] | None = None) -> TrainConfig:
         """The same choices with every default that depends on the data filled in.
 
         Args:
             d: width of the data.
             tokens_per_epoch: tokens in the whole batches of one pass, or None if the data cannot tell.
+            sites: widths of the parts of a row, where the data can tell.
 
         Raises:
             ValueError: `d` is not that of the data; fewer tokens than one batch; no `tokens`, and data without length.
@@ -142,12 +192,24 @@ class TrainConfig:
         if steps < 1:
             raise ValueError(f"tokens must be at least batch_size = {self.batch_size}, got {tokens}")
         tokens = steps * self.batch_size
+        parts = widths_of("sites", self.sites) or sites or (d,)
+        if sum(parts) != d:
+            raise ValueError(f"sites must add up to the width of the data, {d}, got {self.sites}")
+        if self.is_transcoder and len(parts) != 2:
+            raise ValueError(
+                f"sites must be the widths of input and target of a {self.architecture}, got {list(parts)}; take the "
+                "activations at two sites, or give the widths"
+            )
+        if self.architecture == "crosscoder" and len(parts) < 2:
+            raise ValueError(f"sites must name the parts of a crosscoder's row, two or more, got {list(parts)}")
+        out = parts[-1] if self.is_transcoder else d
         default = {
             "d": d,
+            "sites": ",".join(map(str, parts)),
             "tokens": tokens,
             "lr": 2e-4 / math.sqrt(self.m / 2**14),
             "warmup_steps": min(1000, steps // 20),
-            "k_aux": min(max(1, d // 2), self.m),
+            "k_aux": 0 if FORMS[self.form].select == "threshold" else min(max(1, out // 2), self.m),
             "dead_window": min(10_000_000, max(1, tokens // 40)),
         }
         if self.k_start is not None:
@@ -159,6 +221,15 @@ class TrainConfig:
                 )
         missing = {name: value for name, value in default.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **{**missing, "tokens": tokens})
+
+    @property
+    def is_transcoder(self) -> bool:
+        return self.architecture in ("transcoder", "skip_transcoder")
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Widths of the parts of a row that have a scale of their own, of a resolved configuration."""
+        return (self.d,) if self.architecture == "autoencoder" else widths_of("sites", self.sites)
 
     @property
     def steps(self) -> int:
@@ -180,6 +251,11 @@ class TrainConfig:
             return self.k
         return self.k_start + round((self.k - self.k_start) * (step - 1) / self.k_anneal_steps)
 
+    def ramp_at(self, step: int) -> float:
+        """Share of the sparsity weight in force in a step (from 1), of a resolved configuration."""
+        rising = self.sparsity_warmup * self.steps
+        return min(1.0, step / rising) if rising >= 1 else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -189,7 +265,7 @@ class TrainConfig:
         _fields.known("a training configuration", values, [f.name for f in dataclasses.fields(cls)])
         if "m" not in values:
             raise ValueError("a training configuration needs m, the number of latents")
-        return cls(**{name: _as_float(name, value) for name, value in values.items()})
+        return cls(**{name: _as_written(name, value) for name, value in values.items()})
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
@@ -224,8 +300,10 @@ TrainConfig.__doc__ += "\n\n    Attributes:\n" + "\n".join(
 )
 
 
-def _as_float(name: str, value: Any) -> Any:
-    """``lr = 1`` in a file is a whole number there and a float here."""
+def _as_written(name: str, value: Any) -> Any:
+    """``lr = 1`` in a file is a whole number there and a float here; widths may be a list there."""
+    if name in ("sites", "prefixes") and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
     return float(value) if name in _FLOATS and isinstance(value, int) and not isinstance(value, bool) else value
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,7 +101,9 @@ class Feed:
         with self._changed:
             if self._thread is None and not self._ends():
                 self._stop = False
-                self._thread = threading.Thread(target=self._produce, name="fusae feed", daemon=True)
+                # Not a method of this object, which would live as long as the thread.
+                arguments = (weakref.ref(self), self._changed)
+                self._thread = threading.Thread(target=_produce, args=arguments, name="fusae feed", daemon=True)
                 self._thread.start()
             while not self._ready:
                 if stopped is not None and stopped.is_set():
@@ -112,20 +115,6 @@ class Feed:
 
     def _ends(self) -> bool:
         return bool(self._ready) and self._ready[-1].error is not None
-
-    def _produce(self) -> None:
-        while True:
-            with self._changed:
-                while len(self._ready) >= self.ahead and not self._stop:
-                    self._changed.wait(_POLL)
-                if self._stop:
-                    return
-            item = self._make()
-            with self._changed:
-                self._ready.append(item)
-                self._changed.notify_all()
-                if item.error is not None:
-                    return
 
     def _make(self) -> _Item:
         try:
@@ -167,6 +156,26 @@ class Feed:
                 self._stop = True
                 self._changed.notify_all()
             thread.join()
+
+
+def _produce(reference: weakref.ref[Feed], changed: threading.Condition) -> None:
+    """What the thread does, until it is told to stop, the source ends, or nobody has the feed any more."""
+    while True:
+        with changed:
+            feed = reference()
+            if feed is None or feed._stop:
+                return
+            if len(feed._ready) >= feed.ahead:
+                del feed
+                changed.wait(_POLL)
+                continue
+        item = feed._make()
+        with changed:
+            feed._ready.append(item)
+            changed.notify_all()
+        if item.error is not None:
+            return
+        del feed
 
 
 def _sum_is_finite(x: Tensor) -> bool:

@@ -119,8 +119,8 @@ def _start_files(trainer: Trainer, new: bool) -> None:
             **trainer.about,
             "train": trainer.config.to_dict(),
             "data": describe(trainer.source),
-            "input_scale": trainer.scale,
-            "input_centre_norm": float(trainer.centre.norm()),
+            "input_scales": list(trainer.scaling.scales),
+            "input_centre_norm": float(trainer.scaling.centre.norm()),
             "versions": versions(),
         }
         write_json(run_dir / CONFIG, about)

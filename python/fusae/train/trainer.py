@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.native import FormatError
-from ..nn import CoderLoss, DeadLatents, SparseCoder, SparseCoderConfig
+from ..nn import CoderLoss, DeadLatents, Moment, SparseCoder
 from ..nn.init import unit_rows_
 from ..optim import Adam
 from . import checkpoint
 from .average import WeightAverage
 from .config import TrainConfig
 from .feed import Feed
+from .forms import coder_config, objective
 from .interrupt import interruptible
-from .measure import measure
+from .measure import Scaling, measure
 from .metrics import Interval, MetricsLog, check_tensorboard
 from .progress import TrainingDisplay
 from .rows import open_data
@@ -49,10 +50,11 @@ class Trainer:
         about: plain values to be written into config.json beside what the trainer writes there itself.
 
     Attributes:
-        coder: the coder in training, of inputs ``scale · (x - centre)``; `export()` gives it for plain inputs.
+        coder: the coder in training, of centred and scaled rows; `export()` gives it for plain ones.
+        objective: its loss.
         optimizer, dead, feed, config (resolved), step (steps done).
         average: the `WeightAverage` of the coder, or None without `config.ema`.
-        centre (``[d]``), scale, mean (``[d]``, of centred and scaled rows), variance (of these).
+        scaling: the `Scaling` of the rows.
 
     metrics.jsonl has a line for every `log_every` steps, over the steps since the last: ``step``, ``tokens`` and
     ``seconds`` so far, mean ``loss``, ``fvu``, ``l0``, ``dead`` latents, ``aux_loss`` (mean over the steps with dead
@@ -88,7 +90,7 @@ class Trainer:
         batches = self.source.batches(config.batch_size, config.seed, None if every else config.epochs)
         length = None if every else _length(batches)
         per_epoch = None if length is None else length // config.epochs * config.batch_size
-        self.config = config = config.resolve(d, per_epoch)
+        self.config = config = config.resolve(d, per_epoch, _sites(self.source))
         self.device = _device(config.device)
         if config.tensorboard:
             check_tensorboard()
@@ -99,15 +101,16 @@ class Trainer:
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
         self.interval = Interval(self.device)
-        shape = _shape(config)
+        self.objective = objective(config)
         new = found is None
-        self.coder = SparseCoder(shape, seed=config.seed if new else None, device=self.device, sparse_grad=True)
+        seed = config.seed if new else None
+        self.coder = SparseCoder(coder_config(config), seed=seed, device=self.device, sparse_grad=True)
         self.optimizer = _optimizer(self.coder, config)
         self.dead = DeadLatents(config.m, config.dead_window, self.device)
         self.average = WeightAverage(self.coder, config.ema) if config.ema else None
         if new:
             rows = min(config.init_rows, self.source.shape[0] or config.init_rows, config.tokens)
-            self.centre, self.scale, self.mean, self.variance = measure(config, self.feed.peek(rows), self.coder)
+            self.scaling = measure(config, self.feed.peek(rows), self.coder)
         else:
             self._resume(found)
         if self.run_dir is not None:
@@ -115,9 +118,9 @@ class Trainer:
 
     def _resume(self, found: dict[str, Any]) -> None:
         path = self.run_dir / checkpoint.NAME
-        self.centre, self.mean = (torch.zeros_like(self.coder.b_dec, requires_grad=False) for _ in range(2))
         self.step, self.seconds, self.interval.counts = found["step"], found["seconds"], found["interval"]
-        self.scale, self.variance = found["scale"], found["variance"]
+        self.scaling = Scaling.unknown(self.config, self.coder.b_dec.detach())
+        self.scaling.scales, self.scaling.variance = tuple(found["scales"]), found["variance"]
         try:
             self.feed.load_state_dict(found["data"], found["dropped"], self.step)
         except (TypeError, AttributeError, KeyError) as error:
@@ -136,15 +139,17 @@ class Trainer:
     def train_step(self, x: Tensor) -> CoderLoss:
         """One step on a batch ``[n, d]`` of plain rows: loss, gradients, optimiser, counters. No host sync."""
         config, coder = self.config, self.coder
-        x = x.to(self.device, coder.W_dec.dtype, non_blocking=True)
-        x = (x - self.centre if config.centre_input else x) * self.scale
+        x = self.scaling.apply(x.to(self.device, coder.W_dec.dtype, non_blocking=True))
+        d = coder.config.d
+        x, target = (x[:, :d], x[:, d:]) if config.is_transcoder else (x, x)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
         if coder.config.k != (k := config.k_at(self.step + 1)):
             coder.config = dataclasses.replace(coder.config, k=k)
         dead, k_aux = self._dead()
+        moment = Moment(dead, k_aux, self.scaling.variance, config.ramp_at(self.step + 1), self.step)
         with _autocast(config, self.device):
-            result = coder.loss(x, dead, k_aux, aux_coefficient=config.aux_coefficient, variance=self.variance)
+            result = self.objective(coder, x, target, moment)
         result.loss.backward()
         norm = None if config.clip_norm is None else self.optimizer.clip_grad_norm_(config.clip_norm)
         self.optimizer.step()
@@ -153,7 +158,8 @@ class Trainer:
             self.average.update(coder)
         self.dead.update(result.codes)
         self.step += 1
-        self.interval.add(x, self.mean, result, dead, norm)
+        mean = self.scaling.mean[d:] if config.is_transcoder else self.scaling.mean
+        self.interval.add(target, mean, result, dead, norm)
         return result
 
     def _dead(self) -> tuple[Tensor | None, int]:
@@ -316,7 +322,7 @@ class Trainer:
         for name, value in weights.items():
             coder._parameters[name] = nn.Parameter(value)
         coder.sparse_grad = False
-        return coder.fold_input_(self.scale, self.centre)
+        return self.scaling.fold_into(coder)
 
 
 def _length(batches: Any) -> int | None:
@@ -326,11 +332,10 @@ def _length(batches: Any) -> int | None:
         return None
 
 
-def _shape(config: TrainConfig, m: int | None = None) -> SparseCoderConfig:
-    return SparseCoderConfig(
-        config.d, m or config.m, config.k, select_by_norm=config.select_by_norm, k_aux=config.k_aux,
-        dtype="float32" if config.dtype == "bfloat16" else config.dtype,
-    )  # fmt: skip
+def _sites(source: Any) -> tuple[int, ...] | None:
+    """Widths of the parts of a row, where the data say of which they are made."""
+    sites = getattr(source, "meta", {}).get("sites")
+    return tuple(site["width"] for site in sites) if sites else None
 
 
 def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
@@ -339,11 +344,12 @@ def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractC
 
 def _try_ops(config: TrainConfig, device: torch.device) -> None:
     """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here."""
-    shape = _shape(config, max(config.k, config.k_aux))
+    shape = coder_config(config, max(config.k, config.k_aux))
     coder = SparseCoder(shape, device=device, sparse_grad=True)
     dead = torch.ones(shape.m, dtype=torch.bool, device=device) if shape.k_aux else None
+    x, target = (torch.ones(2, w, dtype=shape.torch_dtype, device=device) for w in (shape.d, shape.output_width))
     with _autocast(config, device):
-        loss = coder.loss(torch.ones(2, shape.d, dtype=shape.torch_dtype, device=device), dead, variance=1.0).loss
+        loss = objective(config, shape.m)(coder, x, target, Moment(dead, variance=1.0)).loss
     loss.backward()
     _optimizer(coder, config).step()
 
@@ -354,7 +360,7 @@ def _optimizer(coder: SparseCoder, config: TrainConfig) -> Adam:
     groups = [
         {"params": [coder.W_enc], "masked": masked},
         {"params": [coder.W_dec], "masked": masked, "project": unit, "renormalise": unit},
-        {"params": [coder.b_enc, coder.b_dec]},
+        {"params": [p for name, p in coder.named_parameters() if name not in ("W_enc", "W_dec")]},
     ]
     return Adam(groups, config.lr, (config.beta1, config.beta2), config.eps)
 

@@ -51,12 +51,14 @@ class Moment:
         variance: mean squared distance of the targets from their mean, by which squared errors are divided, above 0 (a
             tensor is not looked at); None: that of the batch.
         ramp: share of the sparsity coefficient in force, 0 to 1 (its warm-up).
+        step: steps taken before this one.
     """
 
     dead: Tensor | None = None
     k_aux: int | None = None
     variance: Tensor | float | None = None
     ramp: float = 1.0
+    step: int = 0
 
 
 class Objective(Protocol):

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the names `form` and `architecture` of a training configuration stand for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..nn import SparseCoderConfig, objectives
+
+if TYPE_CHECKING:
+    from .config import TrainConfig
+
+ARCHITECTURES = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
+PENALTIES = ("l0", "l0_squared", "l0_mean_squared", "tanh")
+
+
+class Form(NamedTuple):
+    """A way to choose latents and the fields that are of use with it."""
+
+    select: str
+    activation: str = "relu"
+    uses: tuple[str, ...] = ()
+
+
+FORMS = {
+    "topk": Form("topk", uses=("multi_topk",)),
+    "abs": Form("abs", "none"),
+    "group_max": Form("group_max"),
+    "hierarchical": Form("topk"),
+    "batch_topk": Form("batch_topk"),
+    "matryoshka": Form("batch_topk", uses=("prefixes",)),
+    "relu": Form("threshold", uses=("sparsity",)),
+    "jumprelu": Form("threshold", uses=("sparsity", "straight_through", "preact_coefficient")),
+    "gated": Form("threshold", uses=("sparsity",)),
+}
+# Fields that do nothing except with some forms, and the value that means "not given".
+_SPECIAL = {"multi_topk": 0.0, "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": 0.0}
+
+
+def check_form(config: TrainConfig) -> None:
+    """Raises `ValueError` for fields that do not go together."""
+    form = FORMS[config.form]
+    for name, unset in _SPECIAL.items():
+        value = getattr(config, name)
+        if value != unset and name not in form.uses:
+            users = ", ".join(other for other, what in FORMS.items() if name in what.uses)
+            raise ValueError(f"{name} is {value!r}, which form {config.form!r} does not use; it is for: {users}")
+    if form.select == "threshold":
+        for name in ("k_aux", "k_start"):
+            if getattr(config, name):
+                raise ValueError(f"{name} must not be given with form {config.form!r}, got {getattr(config, name)}")
+    widths_of("sites", config.sites)
+    prefixes_of(config)
+    if config.form == "group_max" and config.m % config.k:
+        raise ValueError(f"k must divide m = {config.m} with form 'group_max', got {config.k}")
+
+
+def widths_of(name: str, text: str | None) -> tuple[int, ...] | None:
+    """``"576, 576"`` as numbers."""
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise TypeError(f"{name} must be widths with commas between, as '512,2048', got {type(text).__name__} {text!r}")
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or min(widths) < 1:
+        raise ValueError(f"{name} must be widths of at least 1 with commas between, as '512,2048', got {text!r}")
+    return widths
+
+
+def prefixes_of(config: TrainConfig) -> tuple[int, ...]:
+    """Widths of the nested dictionaries, the last one m."""
+    widths = widths_of("prefixes", config.prefixes)
+    if widths is None:
+        widths = tuple(sorted({max(1, config.m // part) for part in (16, 8, 4, 2, 1)}))
+    if list(widths) != sorted(set(widths)) or widths[-1] > config.m:
+        raise ValueError(f"prefixes must rise to at most m = {config.m}, got {config.prefixes!r}")
+    return widths if widths[-1] == config.m else (*widths, config.m)
+
+
+def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig:
+    """The coder that a resolved configuration trains, of inputs as they are scaled in training."""
+    form, parts = FORMS[config.form], config.parts
+    return SparseCoderConfig(
+        parts[0] if config.is_transcoder else config.d,
+        m or config.m,
+        config.k,
+        activation=form.activation,
+        select=form.select,
+        select_by_norm=config.select_by_norm,
+        k_aux=config.k_aux,
+        dtype="float32" if config.dtype == "bfloat16" else config.dtype,
+        d_out=parts[1] if config.is_transcoder else None,
+        pre_bias=config.architecture == "autoencoder",
+        skip=config.architecture == "skip_transcoder",
+        gated=config.form == "gated",
+        sites=parts if config.architecture == "crosscoder" else None,
+    )
+
+
+def objective(config: TrainConfig, m: int | None = None) -> objectives.Objective:
+    """The training loss of a resolved configuration (of a coder with `m` latents)."""
+    return objectives.TopK(config.aux_coefficient)
