@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fusae.data import collect
+from fusae.data import ActivationStream, collect
 from fusae.train import Rows, TrainConfig, Trainer, open_data, train
 
 D, M, K, B = 12, 50, 3, 32
@@ -48,41 +48,28 @@ def collected(folder, dtype="float32"):
     return collect(model, chunks, "0", folder, **options)
 
 
-class Lookup(torch.nn.Module):
-    """A "model" whose rows are those of a table."""
-
-    def __init__(self, x):
-        super().__init__()
-        self.table = torch.nn.Embedding.from_pretrained(x.float())
-
-    def forward(self, ids):
-        return self.table(ids)
-
-
-def test_folder_of_activations(tmp_path):
-    folder, x = tmp_path / "activations", data().half()
-    chunks = np.arange(640).reshape(40, 16)
-    options = {"skip_positions": 0, "outlier_factor": None, "source": "a model", "progress": False}
-    collect(Lookup(x), chunks, "table", folder, **options)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_folder_of_activations(tmp_path, dtype):
+    folder = tmp_path / "activations"
+    stored = collected(folder, dtype)
     coder = train(config(), folder, tmp_path / "run", show=False)
-    assert same_bits(coder, train(config(), x, show=False))
+    assert same_bits(coder, train(config(), data().to(getattr(torch, dtype)).float(), show=False))
     said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
-    assert said["path"] == str(folder) and said["model"] == "a model" and said["module"] == "table"
-    assert said["rows"] == 640 and said["dropped"] == dict.fromkeys(REASONS, 0)
-    assert said["storage"]["dtype"] == "float16" and said["sites"][0]["width"] == D
+    assert said["path"] == str(folder) and said["model"] == "a model" and said["module"] == "0"
+    assert said["rows"] == 640 and said["dropped"] == stored.dropped and said["storage"]["dtype"] == dtype
+    assert said["sites"] == [{"module": "0", "side": "out", "width": D}]
 
 
 def test_rows_straight_from_a_model(tmp_path):
-    chunks = np.arange(640).reshape(40, 16)
-    fields = config(tokens=1280, epochs=None)
-
     def source():
-        return ActivationStream(Lookup(data()), chunks, "table", buffer_rows=128, skip_positions=0, source="a model")
+        model = torch.nn.Sequential(torch.nn.Embedding.from_pretrained(data()))
+        chunks = np.arange(640).reshape(40, 16)
+        return ActivationStream(model, chunks, "0", buffer_rows=128, skip_positions=0, source="a model")
 
-    coder = train(fields, source(), tmp_path / "run", show=False)
+    coder = train(config(tokens=1280), source(), tmp_path / "run", show=False)
     said = json.loads((tmp_path / "run" / "config.json").read_text())["data"]
     assert said["rows"] is None and said["d"] == D and said["model"] == "a model" and said["ctx"] == 16
-    Trainer(fields, source(), tmp_path / "part", show=False).run(until=17)
+    Trainer(config(tokens=1280), source(), tmp_path / "part", show=False).run(until=17)
     resumed = Trainer(None, source(), tmp_path / "part", resume=True, show=False).run()
     assert same_bits(coder, resumed)
 
