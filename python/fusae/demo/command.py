@@ -34,7 +34,7 @@ def demo(
     import torch
     from rich.console import Console
 
-    from . import DemoConfig, DemoError, run
+    from . import DemoConfig, PipelineError, run
 
     given = {"tokens": tokens, "m": m, "k": k, "epochs": epochs}
     given = {name: value for name, value in given.items() if value is not None}
@@ -44,7 +44,7 @@ def demo(
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         report = run(config, out, cache_dir=cache_dir, overwrite=overwrite)
-    except DemoError as error:
+    except PipelineError as error:
         errors.print(f"error: {error}\nWhat was done is kept; run the same command again to go on.", markup=False)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:

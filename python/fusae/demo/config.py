@@ -9,9 +9,11 @@ the language model some eight times what it costs the training in an epoch, so a
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from .. import _fields
+from ..pipeline import DataConfig
 from ..train import TrainConfig
 
 #: What the demo's dictionary should reach on held-out text, at its default settings.
@@ -45,7 +47,7 @@ class DemoConfig:
     lr: float = 1.2e-3
     ctx: int = 128
     skip_positions: int = 2
-    latents: int = 12
+    latents: int = 200
     passages: int = 6
     bench_rows: int = 2048
     bench_rounds: int = 5
@@ -74,13 +76,18 @@ class DemoConfig:
         }  # fmt: skip
         return cls(**{**small, **given})
 
-    def chunks(self, tokens: int) -> int:
-        """Chunks that hold so many activations."""
-        return -(-tokens // (self.ctx - self.skip_positions))
-
     def training(self) -> TrainConfig:
         """The recipe as the trainer takes it."""
         return TrainConfig(
             m=self.m, k=self.k, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, seed=self.seed,
             device="cpu", checkpoint_every=100,
+        )  # fmt: skip
+
+    def data(self, cache: Path) -> DataConfig:
+        """Model, text and rows as the pipeline takes them; files and rows lie in `cache`."""
+        return DataConfig(
+            model=str(cache / "SmolLM2-135M-Instruct.Q4_1.gguf"), module="model.layers.11",
+            text=str(cache / "NewsArticles.zip"), ctx=self.ctx, tails=False, skip_positions=self.skip_positions,
+            train_tokens=self.tokens, held_out_tokens=self.held_out, loss_tokens=self.loss_tokens, chunk_batch=32,
+            cache=str(cache / "activations"), features=self.latents, passages=self.passages,
         )  # fmt: skip

@@ -98,6 +98,7 @@ def loss_recovered(
     norm_limit: float | Sequence[float] | None = None,
     drop_special: bool = True,
     nonfinite: str = "stop",
+    keep: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Next-token cross-entropy and KL divergence of `model` with a reconstruction in place of a module's activations.
@@ -111,11 +112,12 @@ def loss_recovered(
         model: a causal LM of `transformers` (called with ids ``[batch, ctx]``, returns ``.logits``).
         module: a site, e.g. ``"model.layers.11"`` (a module's output) or ``"model.layers.11.mlp:in"`` (its input), or
             several, whose rows are joined; each is given its part of the reconstruction.
-        reconstruct: maps rows ``[n, d]`` of the model's dtype to ``[n, d]``.
+        reconstruct: maps rows ``[n, d]`` of the model's dtype to ``[n, d - keep]``.
         chunks: held-out `fusae.data.TokenChunks`, or token ids ``[chunks, ctx]``.
-        mean: ``[d]``, mean activation, e.g. ``ReconstructionMetrics.mean()`` of the held-out rows.
+        mean: ``[d - keep]``, mean activation, e.g. ``ReconstructionMetrics.mean()`` of the held-out rows.
         skip_positions, outlier_factor, drop_special, nonfinite: as the activations were collected.
         norm_limit: as `Activations.norm_limit`. None: `outlier_factor` times the median norm of the first batch.
+        keep: so many leading columns of the rows keep their value in all three passes: the input of a transcoder.
 
     Returns:
         `LossMetrics.result`, and ``passed_through``: rows that were not replaced, by reason.
@@ -147,16 +149,17 @@ def loss_recovered(
             with patcher.recording(ids) as parts:
                 original = _logits(model, ids, mask)
             hidden = torch.cat(parts, -1)
-            if mean.shape != hidden.shape[-1:]:
-                raise ValueError(f"mean must have shape [{hidden.shape[-1]}], got {list(mean.shape)}")
-            keep, counts, limits = kept(hidden, [part.shape[-1] for part in parts], chunks, index, limits)
-            use = keep.to(device)
+            if mean.shape != (hidden.shape[-1] - keep,):
+                raise ValueError(f"mean must have shape [{hidden.shape[-1] - keep}], got {list(mean.shape)}")
+            use, counts, limits = kept(hidden, [part.shape[-1] for part in parts], chunks, index, limits)
+            use = use.to(device)
             passed = {reason: number + counts[reason] for reason, number in passed.items()}
             counted = in_use[:, 1:] & ~special[:, 1:]
             metrics.update("original", original, original, ids, counted)
-            for name, rows in (("patched", _reconstruct(reconstruct, hidden[use])), ("mean_ablated", mean.to(hidden))):
+            rebuilt = _reconstruct(reconstruct, hidden[use], keep)
+            for name, rows in (("patched", rebuilt), ("mean_ablated", mean.to(hidden))):
                 changed = hidden.clone()
-                changed[use] = rows
+                changed[..., keep:][use] = rows
                 with patcher.replaced(changed):
                     metrics.update(name, _logits(model, ids, mask), original, ids, counted)
             bar.update(task, advance=int(in_use.sum()))
@@ -180,11 +183,12 @@ def no_next_token(model: nn.Module) -> str | None:
     return None
 
 
-def _reconstruct(reconstruct: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+def _reconstruct(reconstruct: Callable[[Tensor], Tensor], rows: Tensor, keep: int) -> Tensor:
     result = reconstruct(rows)
-    if not isinstance(result, Tensor) or result.shape != rows.shape:
+    wanted = (rows.shape[0], rows.shape[1] - keep)
+    if not isinstance(result, Tensor) or result.shape != wanted:
         got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"reconstruct must return a tensor of the shape it got, {list(rows.shape)}, got {got}")
+        raise ValueError(f"reconstruct must return a tensor of the shape it got, {list(wanted)}, got {got}")
     if not bool(result.isfinite().all()):
         raise ValueError("reconstruct returned NaN or infinite values")
     return result.to(rows)

@@ -173,9 +173,10 @@ def density_histogram(density: Tensor) -> dict[str, Any]:
 def measure(
     rows: Any,
     encode: Callable[[Tensor], Codes],
-    decode: Callable[[Any], Tensor],
+    decode: Callable[..., Tensor],
     latents: int,
     *,
+    split: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     batch_size: int = 4096,
     device: torch.device | str = "cpu",
     progress: bool = True,
@@ -188,6 +189,8 @@ def measure(
         encode: maps rows ``[n, d]`` (fp32) to codes.
         decode: maps codes to ``[n, d]``.
         latents: m.
+        split: for transcoders: maps rows to (input, target). `encode` is then given the input, `decode` (codes, input),
+            and the metrics are those of the target.
     """
     from ..data.progress import token_progress
 
@@ -200,9 +203,14 @@ def measure(
                 raise ValueError(f"rows: {bad} of rows {metrics.tokens} to {metrics.tokens + len(x) - 1} hold NaN or "
                                  "infinite values; leave such rows out")  # fmt: skip
             x = x.to(device)
-            codes = encode(x)
-            metrics.update(x, decode(codes), codes)
             bar.update(task, advance=x.shape[0])
+            if split is None:
+                codes = encode(x)
+                metrics.update(x, decode(codes), codes)
+            else:
+                x, target = split(x)
+                codes = encode(x)
+                metrics.update(target, decode(codes, x), codes)
     return metrics
 
 

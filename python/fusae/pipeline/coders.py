@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ..formats.native import FormatError, check_sums, open_tensors
-from ..nn import SparseCoder, SparseCoderConfig
+from ..nn import SparseCoder
 from ..train import Trainer, checkpoint
-from ..train.average import WeightAverage
 
 
 def load_coder(run: str | Path, device: torch.device | str = "cpu") -> tuple[SparseCoder, int | None]:
@@ -31,28 +31,32 @@ def load_coder(run: str | Path, device: torch.device | str = "cpu") -> tuple[Spa
                 f"{run} holds neither coder/coder.json nor {checkpoint.NAME}: is it the directory of a run? One that "
                 f"was stopped before its first checkpoint goes on with: fusae train --resume {run}"
             )
-        return SparseCoder.load(run / "coder", device), None
+        return SparseCoder.load(run / "coder", device).eval(), None
     about = checkpoint.read_about(path)
-    config = about["config"]
-    shape = SparseCoderConfig(
-        config.d, config.m, config.k, select_by_norm=config.select_by_norm, k_aux=config.k_aux,
-        dtype="float32" if config.dtype == "bfloat16" else config.dtype,
-    )  # fmt: skip
-    trainer = Trainer.__new__(Trainer)  # no data at hand, and none is needed for the export
-    trainer.config, trainer.scale = config, about["scale"]
-    trainer.coder = SparseCoder(shape, seed=None, device=device)
-    trainer.average = WeightAverage(trainer.coder, config.ema) if config.ema else None
-    trainer.centre = torch.zeros_like(trainer.coder.b_dec, requires_grad=False)
-    targets = {name: param.detach() for name, param in trainer.coder.named_parameters()} | {"centre": trainer.centre}
-    if trainer.average is not None:
-        trainer.average.steps = about["step"]
-        targets |= {f"{name}.average": value for name, value in trainer.average.sums.items()}
-    file, header = open_tensors(path, "the checkpoint of an unfinished run")
-    check_sums(path, file, header)
-    names = set(file.keys())
-    for name, target in targets.items():
-        found = list(file.get_slice(name).get_shape()) if name in names else "nothing"
-        if found != list(target.shape):
-            raise FormatError(f"{path}: tensors.{name} must have shape {list(target.shape)}, got {found}")
-        target.copy_(file.get_tensor(name))
-    return trainer.export(), about["step"]
+    with tempfile.TemporaryDirectory(prefix="fusae-") as scratch:
+        (Path(scratch) / checkpoint.NAME).symlink_to(path.resolve())
+        given = {"device": str(device), "tensorboard": False}
+        trainer = Trainer(given, _NoRows(about["config"].d), scratch, resume=True, show=False)
+    return trainer.export().eval(), trainer.step
+
+
+class _NoRows:
+    """Stands for the data of a trainer that does not train."""
+
+    def __init__(self, d: int) -> None:
+        self.shape = (None, d)
+
+    def batches(self, *_: Any) -> _NoRows:
+        return self
+
+    def __iter__(self) -> _NoRows:
+        return self
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, _state: dict[str, Any]) -> None:
+        pass

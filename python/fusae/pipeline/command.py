@@ -224,22 +224,26 @@ def evaluate(
             raise ValueError(f"data: give rows ({data}) or {', '.join(given)}, not both")
         evaluation = _evaluate_rows(run, open_rows("data", data), not quiet, out, coder)
     else:
-        stored = _data_of(run)
+        training, stored = _settings_of(run)
         if stored is None and not {"model", "module", "text"} <= set(given):
             raise ValueError(
                 f"{run} was trained on rows; give --data with rows to measure on, or --model, --module and --text"
             )
         config = dataclasses.replace(stored or DataConfig(), **given)
-        evaluation = stage.evaluate_run(coder, config, everything=text is not None, show=not quiet)
+        nonfinite = training.nonfinite if training else "stop"
+        evaluation = stage.evaluate_run(
+            coder, config, everything=text is not None, nonfinite=nonfinite, show=not quiet
+        )  # fmt: skip
         stage.save_evaluation(out or run / "eval.json", evaluation)
     title = f"{run}" + (f", not finished: after step {step:,}" if step is not None else "")
     Console(highlight=False, soft_wrap=True).print(table(evaluation, title))
 
 
-def _data_of(run: Path) -> Any:
+def _settings_of(run: Path) -> tuple[Any, Any]:
+    """The two configurations of a run from text, or (None, None) of one on rows."""
     from .stages import SETTINGS, read_settings
 
-    return read_settings(run)[1] if (run / SETTINGS).exists() else None
+    return read_settings(run) if (run / SETTINGS).exists() else (None, None)
 
 
 def _evaluate_rows(run: Path, rows: Any, show: bool, out: Path | None = None, coder: Any = None) -> dict[str, Any]:

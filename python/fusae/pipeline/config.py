@@ -105,6 +105,11 @@ class DataConfig:
             raise TypeError(f"module must be a string or a list of strings, got {type(self.module).__name__}")
         return (self.module,) if isinstance(self.module, str) else self.module
 
+    def absolute(self) -> DataConfig:
+        """The same with its paths absolute, so that they hold in any working directory."""
+        names = [name for name in ("model", "text", "cache") if getattr(self, name) is not None]
+        return dataclasses.replace(self, **{name: str(Path(getattr(self, name)).resolve()) for name in names})
+
     def require_text(self) -> DataConfig:
         """Itself, if it names model, module and text, and the two paths are there.
 

@@ -36,12 +36,14 @@ EFFECTS = "in standard deviations over all latents"
 
 def measure_rows(coder: SparseCoder, rows: Any, device: torch.device, show: bool) -> tuple[dict[str, Any], Tensor]:
     """(what eval.json says of the reconstruction of `rows`, their mean row ``[d]``)."""
-    width = getattr(rows, "shape", (None, coder.config.d))[1]
-    if width != coder.config.d:
-        raise ValueError(f"rows must have width {coder.config.d}, that of the coder, got {width}")
+    view = RowView(coder)
+    width = getattr(rows, "shape", (None, view.width))[1]
+    if width != view.width:
+        raise ValueError(f"rows must have width {view.width}, as the coder was trained on, got {width}")
     metrics = measure(
-        rows, lambda x: coder.encode(_like(x, coder)), coder.decode, coder.config.m, device=device, progress=show
-    )
+        rows, coder.encode, coder.decode, coder.config.m, split=view.split,
+        device=device, progress=show,
+    )  # fmt: skip
     return plain(metrics.result()), metrics.mean()
 
 
@@ -60,7 +62,7 @@ def evaluate_text(
     The loss is on the first chunks that hold ``config.loss_tokens``; the mean that ablation puts in is that of `rows`.
     For a model without next-token loss ``no_loss`` says why there is none.
     """
-    device = coder.W_dec.device
+    view, device = RowView(coder), coder.W_dec.device
     evaluation, mean = measure_rows(coder, rows, device, show)
     if (reason := no_next_token(inputs.model)) is not None:
         evaluation["no_loss"] = reason
@@ -70,7 +72,7 @@ def evaluate_text(
         result = loss_recovered(
             inputs.model,
             config.sites,
-            lambda x: coder(_like(x, coder)),
+            view.reconstruct,
             few,
             mean.float(),
             skip_positions=config.skip_positions,
@@ -78,6 +80,7 @@ def evaluate_text(
             drop_special=config.drop_special,
             nonfinite=nonfinite,
             norm_limit=rows.norm_limit,
+            keep=view.keep,
             progress=show,
         )
         evaluation["loss"] = plain({**result["loss"], "passed_through": result["passed_through"]})
@@ -89,15 +92,19 @@ def evaluate_text(
     return evaluation
 
 
-def evaluate_run(coder: SparseCoder, config: DataConfig, *, everything: bool, show: bool = True) -> dict[str, Any]:
+def evaluate_run(
+    coder: SparseCoder, config: DataConfig, *, everything: bool = False, nonfinite: str = "stop", show: bool = True
+) -> dict[str, Any]:
     """What eval.json holds, for the model and the held-out text that `config` names (with `everything`: all of it)."""
     inputs = load_inputs(config, coder.W_dec.device, everything=everything)
     chunks = inputs.chunks(config, "held_out", config.held_out_tokens or HELD_OUT_TOKENS, show)
     wanted = config.held_out_tokens
     if wanted is not None and (found := rows_in(chunks, config)) < wanted:
         raise ValueError(f"tokens must be at most {found:,}, which is all this text has, got {wanted:,}")
-    rows = stored_or_live(inputs, config, chunks, "held-out", weights_sha256(inputs.model), nonfinite="drop", show=show)
-    return evaluate_text(coder, inputs, config, rows, chunks, nonfinite="drop", show=show)
+    rows = stored_or_live(
+        inputs, config, chunks, "held-out", weights_sha256(inputs.model), nonfinite=nonfinite, show=show
+    )  # fmt: skip
+    return evaluate_text(coder, inputs, config, rows, chunks, nonfinite=nonfinite, show=show)
 
 
 def save_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
@@ -129,7 +136,7 @@ def features(
     found = top_passages(
         rows,
         chunks,
-        lambda x: coder.encode(_like(x, coder)),
+        RowView(coder).encode,
         latents,
         inputs.tokenizer,
         passages=config.passages,
@@ -145,14 +152,15 @@ def features(
 
 
 def writes_residual_stream(model: torch.nn.Module, sites: Sequence[str], coder: SparseCoder) -> bool:
-    """Whether decoder rows have a direct path to the logits: one site, an output of the unembedding's width."""
+    """Whether decoder rows have a direct path to the logits: they are of one site, an output of the unembedding's
+    width."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return (
         no_next_token(model) is None
         and head is not None
-        and len(sites) == 1
-        and not sites[0].endswith(":in")
-        and head.weight.shape[1] == coder.config.d
+        and len(sites) == 1 + (coder.config.d_out is not None)
+        and not sites[-1].endswith(":in")
+        and head.weight.shape[1] == coder.W_dec.shape[1]
     )
 
 
@@ -208,5 +216,29 @@ def plain(values: dict[str, Any]) -> dict[str, Any]:
     return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in values.items()}
 
 
-def _like(x: Tensor, coder: SparseCoder) -> Tensor:
-    return x.to(coder.W_dec.dtype)
+class RowView:
+    """A coder on whole rows: of a transcoder they are input and target side by side, of others the input alone.
+
+    Attributes:
+        width: of a row.
+        keep: columns of it that are a transcoder's input, else 0.
+    """
+
+    def __init__(self, coder: SparseCoder) -> None:
+        config = coder.config
+        self.coder, self.dtype = coder, coder.W_dec.dtype
+        self.keep = 0 if config.d_out is None else config.d
+        self.width = self.keep + config.output_width
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(input, target)"""
+        rows = rows.to(self.dtype)
+        return (rows[:, : self.keep].contiguous(), rows[:, self.keep :]) if self.keep else (rows, rows)
+
+    def encode(self, rows: Tensor) -> Any:
+        """The codes of rows ``[n, width]``."""
+        return self.coder.encode(self.split(rows)[0])
+
+    def reconstruct(self, rows: Tensor) -> Tensor:
+        """What the coder makes of rows ``[n, width]``: their target, ``[n, width - keep]``."""
+        return self.coder(self.split(rows)[0])

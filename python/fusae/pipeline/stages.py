@@ -21,7 +21,6 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from .. import _fields
 from ..data import Activations, ActivationStream, TokenChunks, hooks, weights_sha256
 from ..eval import write_features, write_report
 from ..formats.native import read_json, write_json
@@ -81,7 +80,7 @@ class Pipeline:
             for name, value, kind in (("train", train, TrainConfig), ("data", data, DataConfig)):
                 if not isinstance(value, kind):
                     raise TypeError(f"{name} must be a fusae {kind.__name__}, got {type(value).__name__}")
-            self.train, self.data = train, data
+            self.train, self.data = train, data.absolute()
         if inputs is None:
             self.data.require_text()
         self.load = inputs or (lambda: load_inputs(self.data, self.device))
@@ -107,12 +106,12 @@ class Pipeline:
 
     def _resume(self, train: Any, data: Any) -> tuple[TrainConfig, DataConfig]:
         stored, theirs = read_settings(self.out)
-        mine = data.to_dict() if isinstance(data, DataConfig) else dict(data or {})
-        _fields.known("the table [data]", mine, [f.name for f in dataclasses.fields(DataConfig)])
+        given = list(data) if isinstance(data, dict) else [] if data is None else list(theirs.to_dict())
+        mine = (DataConfig.from_dict(data or {}) if not isinstance(data, DataConfig) else data).absolute().to_dict()
         kept = theirs.to_dict()
-        for name, value in mine.items():
-            value = list(value) if isinstance(value, tuple) else value
-            if value != kept[name] and [value] != kept[name]:
+        for name in given:
+            value = mine[name]
+            if value != kept[name]:
                 raise ValueError(
                     f"{name} is {value!r}, the run to resume has {kept[name]!r}; start a new run to change it"
                 )
@@ -158,7 +157,7 @@ class Pipeline:
             model_sum = weights_sha256(inputs.model)
             source, rows, held = self.activations(inputs, train_chunks, held_chunks, model_sum)
         with self.stage("training", f"{self.train.m:,} latents, {self.train.k} active per token, learn to rebuild it."):
-            coder = self.training(source, rows_in(train_chunks, self.data))
+            coder = self.training(inputs, source, rows_in(train_chunks, self.data))
         with self.stage("evaluation", "How much is rebuilt of held-out text, and what the model loses with it."):
             evaluation = self.evaluation(inputs, coder, held, held_chunks)
         with self.stage("latents", f"Where {self.data.features} of the latents are most active, in the training text."):
@@ -200,7 +199,7 @@ class Pipeline:
             ids, mask = hooks.batch_of(hooks.check_chunks(chunks, inputs.model), slice(0, 1), self.device)
             width = hooks.run_to(inputs.model, sites, ids, mask).shape[-1]
         rows = rows_in(chunks, self.data)
-        self.train.resolve(width, rows - rows % self.train.batch_size)
+        self.train.resolve(width, rows - rows % self.train.batch_size, sites.widths)
 
     def activations(
         self, inputs: Inputs, train_chunks: TokenChunks, held_chunks: TokenChunks, model_sum: str
@@ -232,13 +231,13 @@ class Pipeline:
         )
         rows, held = (
             evaluate.stored_or_live(
-                inputs, data, chunks, "", model_sum, nonfinite=nonfinite, limits=source.norm_limit
+                inputs, data, chunks, "", model_sum, nonfinite=nonfinite, limits=limits
             )
-            for chunks in (train_chunks, held_chunks)
+            for chunks, limits in ((train_chunks, source.norm_limit), (held_chunks, None))
         )  # fmt: skip
         return source, rows, held
 
-    def training(self, source: Any, rows: int) -> SparseCoder:
+    def training(self, inputs: Inputs, source: Any, rows: int) -> SparseCoder:
         """Train, or go on with it, or read what is trained already; the coder of plain inputs on the device."""
         unfinished = (self.out / checkpoint.NAME).exists()
         if unfinished or not all((self.out / name).exists() for name in CODER):
@@ -250,12 +249,12 @@ class Pipeline:
                 config = dataclasses.replace(config, tokens=config.epochs * rows)
             trainer = Trainer(
                 config, source, self.out, resume=unfinished, overwrite=not unfinished, show=self.show,
-                about={"pipeline": {"data": self.data.to_dict()}},
+                about={"pipeline": self.about(inputs)},
             )  # fmt: skip
             trainer.run()
             if not trainer.finished:
                 raise KeyboardInterrupt
-        return SparseCoder.load(self.out / "coder", self.device)
+        return SparseCoder.load(self.out / "coder", self.device).eval()
 
     def evaluation(
         self, inputs: Inputs, coder: SparseCoder, held: Activations | LiveRows, chunks: TokenChunks
@@ -279,18 +278,17 @@ class Pipeline:
         )  # fmt: skip
         write_features(path, found)
 
+    def about(self, inputs: Inputs) -> dict[str, Any]:
+        """What config.json says of the run under "pipeline"."""
+        return {"data": self.data.to_dict(), "sha256": inputs.sha256, "threads": torch.get_num_threads()}
+
     def describe(self, inputs: Inputs) -> None:
         """What is known at the end, in config.json."""
         path = self.out / CONFIG
         about = json.loads(path.read_text(encoding="utf-8"))
         before = about.get("pipeline", {})
-        about["pipeline"] = {
-            **before,
-            "data": self.data.to_dict(),
-            "sha256": inputs.sha256,
-            "threads": torch.get_num_threads(),
-            "stage_seconds": {**before.get("stage_seconds", {}), **self.seconds},
-        }
+        seconds = {**before.get("stage_seconds", {}), **self.seconds}
+        about["pipeline"] = {**before, **self.about(inputs), "stage_seconds": seconds}
         about["versions"] = {**about.get("versions", {}), **_versions()}
         write_json(path, about)
 
@@ -302,8 +300,8 @@ def read_settings(run: Path) -> tuple[TrainConfig, DataConfig]:
         FileNotFoundError, ValueError: it is not there, or damaged; the message names it.
     """
     marker = Path(run) / SETTINGS
-    about = read_json(marker, "the settings of a run from text")
     try:
+        about = read_json(marker, "the settings of a run from text")
         return TrainConfig.from_dict(about["train"]), DataConfig.from_dict(about["data"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{marker} is damaged ({error}); overwrite the run or take another directory") from error
