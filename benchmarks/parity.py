@@ -25,9 +25,9 @@ A results file is ``{"schema": 1, "runs": [run, ...]}``. A run is one recipe on 
 
 Measures, the same for all contenders: ``loss`` {"1", "10", "100": before the update of that step}, ``fvu`` and ``l0``
 on the held-out rows by `fusae.eval`, ``dead_fraction``: share of the latents that are active (value not 0) on none of
-the training rows, by the final weights; ``dead_in_training``: latents that were dead by the recipe's own rule, mean
-over the steps (0: the AuxK term took no part); ``mcc_to_peer``: `fusae.eval.recovery.mcc` between the two
-dictionaries; ``mcc`` and ``mmcs`` against the truth, where it is known.
+the first `DEAD_ROWS` training rows, by the final weights; ``dead_in_training``: latents that were dead by the recipe's
+own rule, mean over the steps (0: the AuxK term took no part); ``mcc_to_peer``: `fusae.eval.recovery.mcc` between the
+two dictionaries; ``mcc`` and ``mmcs`` against the truth, where it is known.
 """
 
 from __future__ import annotations
@@ -62,8 +62,10 @@ _KNOWN = Settings(32, 64, 3, 4000, 512, 3e-3, warmup_steps=100, decay_start=3200
 PRESETS = {
     "known": _KNOWN,
     "known-offset": dataclasses.replace(_KNOWN, steps=1500, decay_start=1200),
-    "activations": Settings(0, 2048, 32, 300, 1024, 1e-3, warmup_steps=30, decay_start=240, dead_steps=30, aux=0.0),
+    "activations": Settings(0, 2048, 32, 200, 512, 1e-3, warmup_steps=20, decay_start=160, dead_steps=30, aux=0.0),
 }
+#: training rows that the dead fraction is counted on
+DEAD_ROWS = 32_768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def measure(contender: Contender, data: Data, settings: Settings, losses: list[f
         "loss": {str(step): losses[step - 1] for step in LOSSES_AT if step <= len(losses)},
         "fvu": held_out["fvu"],
         "l0": held_out["l0"],
-        "dead_fraction": over(data.train)["dead_fraction"],
+        "dead_fraction": over(data.train[:DEAD_ROWS])["dead_fraction"],
     }
     if data.truth is not None:
         measured["mcc"] = recovery.mcc(contender.directions, data.truth)
