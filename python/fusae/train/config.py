@@ -11,6 +11,7 @@ from typing import Any
 
 from .. import _fields
 from .forms import ARCHITECTURES, FORMS, PENALTIES, check_form, widths_of
+from .presets import fields_of
 
 
 def _field(default: Any, help: str) -> Any:
@@ -261,8 +262,12 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From plain values; an unknown field is an error."""
-        _fields.known("a training configuration", values, [f.name for f in dataclasses.fields(cls)])
+        """From plain values; an unknown field is an error. The values of ``preset``, if one is named, serve where
+        nothing else is given."""
+        _fields.known("a training configuration", values, ["preset", *(f.name for f in dataclasses.fields(cls))])
+        values = dict(values)
+        if (preset := values.pop("preset", None)) is not None:
+            values = {**fields_of(preset), **values}
         if "m" not in values:
             raise ValueError("a training configuration needs m, the number of latents")
         return cls(**{name: _as_written(name, value) for name, value in values.items()})
