@@ -5,10 +5,10 @@ from . import objectives
 from .activity import DeadLatents
 from .coder import SparseCoder
 from .config import SparseCoderConfig
-from .init import geometric_median, unit_rows_
+from .init import geometric_median, init_firing_rate_, init_thresholds_, init_uniform_encoder_, unit_rows_
 from .objectives import CoderLoss, Moment
 
 __all__ = [
-    "CoderLoss", "DeadLatents", "Moment", "SparseCoder", "SparseCoderConfig", "geometric_median", "objectives",
-    "unit_rows_",
+    "CoderLoss", "DeadLatents", "Moment", "SparseCoder", "SparseCoderConfig", "geometric_median", "init_firing_rate_",
+    "init_thresholds_", "init_uniform_encoder_", "objectives", "unit_rows_",
 ]  # fmt: skip

@@ -17,29 +17,9 @@ from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
 from .config import SparseCoderConfig
 from .init import geometric_median, random_unit_rows_, unit_rows_
 from .objectives import CoderLoss, Moment, TopK
+from .pre_bias import PreBias
 
 FORMAT, VERSION, STEM = "fusae.SparseCoder", 2, "coder"
-
-
-class _PreBias(torch.autograd.Function):
-    """`b_enc` as it is; its gradient also reaches `b_dec`, which was subtracted from the input.
-
-    The pre-activation is ``W_enc (x - b_dec) + b_enc``, so ``∂/∂b_dec = -(∂/∂b_enc) W_enc``: one product with the
-    summed gradient in place of the gradient of every row of x.
-    """
-
-    @staticmethod
-    def forward(b_enc, b_dec, W_enc):
-        return b_enc.view_as(b_enc)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[2])
-
-    @staticmethod
-    def backward(ctx, grad):
-        (W_enc,) = ctx.saved_tensors
-        return grad, -(grad.to(W_enc.dtype) @ W_enc) if ctx.needs_input_grad[1] else None, None
 
 
 class SparseCoder(nn.Module):
@@ -104,19 +84,23 @@ class SparseCoder(nn.Module):
                 smaller and known: the result has less padding, which costs time and changes nothing.
 
         Returns:
-            `SparseCodes` ``[..., k]`` (ragged, of all rows joined, for select 'batch_topk' and 'threshold'), or a pair
-            (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach x, `W_enc`, `b_enc` and `b_dec` through
-            both; thresholds only through `fusae.nn.objectives.JumpReLU`.
+            `SparseCodes` ``[..., k]`` (ragged, of all rows joined, for select 'batch_topk', 'relu' and 'threshold'), or
+            a pair (codes, aux codes ``[..., k_aux]``) with `aux_mask`. Gradients reach x, `W_enc`, `b_enc` and `b_dec`
+            through both; thresholds only through `fusae.nn.objectives.JumpReLU`.
         """
         codes, _, aux = self.select(x, aux_mask, k_aux)
         return codes if aux_mask is None else (codes, aux)
 
     def select(
-        self, x: Tensor, aux_mask: Tensor | None = None, k_aux: int | None = None
+        self, x: Tensor, aux_mask: Tensor | None = None, k_aux: int | None = None, k: int | None = None
     ) -> tuple[SparseCodes, Tensor | None, SparseCodes | None]:
-        """`encode`, and for a batch top-k in training the smallest selected score: (codes, smallest, aux codes)."""
+        """`encode`, and for a batch top-k in training the smallest selected score: (codes, smallest, aux codes).
+
+        `k`: in place of ``config.k``.
+        """
         self.check_input(x)
         config = self.config
+        k = config.k if k is None else k
         if aux_mask is None:
             k_aux = 0
         elif config.k_aux == 0:
@@ -125,20 +109,16 @@ class SparseCoder(nn.Module):
             k_aux = config.k_aux
         inputs, bias = self.encoder_input(x)
         aux = {"aux_mask": aux_mask, "k_aux": k_aux, "sparse_grad": self.sparse_grad}
-        norms = self.decoder_norms() if config.select_by_norm else None
-        if config.select == "threshold":
-            codes = encode_threshold(
-                inputs, self.W_enc, bias, 0.0 if config.gated else self.threshold.detach(), norms=norms,
-                sparse_grad=self.sparse_grad,
-            )  # fmt: skip
+        norms = self.decoder_norms() if config.select_by_norm and config.select != "relu" else None
+        if config.is_thresholded:
+            threshold = 0.0 if config.select == "relu" else self.threshold.detach()
+            codes = encode_threshold(inputs, self.W_enc, bias, threshold, norms=norms, sparse_grad=self.sparse_grad)
             return self.magnitudes(codes) if config.gated else codes, None, None
         if config.select != "batch_topk":
-            found = encode_topk(
-                inputs, self.W_enc, bias, config.k, config.activation, config.select, norms=norms, **aux
-            )
+            found = encode_topk(inputs, self.W_enc, bias, k, config.activation, config.select, norms=norms, **aux)
             return (found, None, None) if aux_mask is None else (found[0], None, found[1])
         if self.training:
-            found = encode_batch_topk(inputs, self.W_enc, bias, config.k, config.activation, norms=norms, **aux)
+            found = encode_batch_topk(inputs, self.W_enc, bias, k, config.activation, norms=norms, **aux)
             return (*found, None) if aux_mask is None else found
         if aux_mask is not None:
             raise ValueError("aux_mask is for training: in eval mode a batch top-k has a threshold; call .train()")
@@ -150,12 +130,16 @@ class SparseCoder(nn.Module):
         """What the encoding ops take for `x`: input less `b_dec`, and a bias whose gradient also reaches `b_dec`."""
         if not self.config.pre_bias:
             return x, self.b_enc
-        return x - self.b_dec.detach(), _PreBias.apply(self.b_enc, self.b_dec, self.W_enc.detach())
+        return x - self.b_dec.detach(), PreBias.apply(self.b_enc, self.b_dec, self.W_enc.detach())
 
     def decoder_norms(self) -> Tensor:
         """``[m]`` norms of the decoder rows, for a row joined from sites the sum of its parts' norms. Detached."""
-        acc = _checks.accumulator(self.W_dec.dtype)
-        parts = self.W_dec.detach().split(list(self.config.sites or (self.W_dec.shape[1],)), dim=1)
+        return self.norms_of(self.W_dec.detach())
+
+    def norms_of(self, decoder_rows: Tensor) -> Tensor:
+        """The same ``[u]`` of some rows of `W_dec` ``[u, d_out]``, with a gradient."""
+        acc = _checks.accumulator(decoder_rows.dtype)
+        parts = decoder_rows.split(list(self.config.sites or (decoder_rows.shape[1],)), dim=1)
         return torch.stack([torch.linalg.vector_norm(part, dim=1, dtype=acc) for part in parts]).sum(0)
 
     def magnitudes(self, gates: SparseCodes) -> SparseCodes:
@@ -228,6 +212,13 @@ class SparseCoder(nn.Module):
         self.threshold.copy_(torch.where(torch.isfinite(smallest), after, self.threshold))
 
     @torch.no_grad()
+    def clamp_(self) -> SparseCoder:
+        """Bring trained thresholds back to 0 where a step of the optimiser took them below; to be called after each."""
+        if self.config.select == "threshold":
+            self.threshold.clamp_(min=0.0)
+        return self
+
+    @torch.no_grad()
     def tied_init_(self, seed: int = 0) -> SparseCoder:
         """Decoder rows: random directions of unit norm; ``W_enc = W_dec``, or random ones of their own where the widths
         differ; all else 0."""
@@ -293,11 +284,7 @@ class SparseCoder(nn.Module):
         if config.skip:
             self.W_skip *= scale / out_scale
         if centre is not None:
-            centre = centre.to(self.W_enc)
-            if not config.pre_bias:
-                self.b_enc -= self.W_enc @ centre
-            if config.skip:
-                self.b_dec -= self.W_skip @ centre
+            self._shift_input_(centre.to(self.W_enc))
         if out_centre is not None:
             self.b_dec += out_centre.to(self.b_dec)
         return self
@@ -320,11 +307,22 @@ class SparseCoder(nn.Module):
         self.W_enc *= scale
         self.W_dec /= scale
         self.b_dec /= scale
+        if config.skip:
+            self.W_skip *= scale / scale[:, None]
         if centre is not None:
-            centre = centre.to(self.W_enc)
-            self.b_enc -= self.W_enc @ centre
-            self.b_dec += centre
+            self._shift_input_(centre.to(self.W_enc))
+            self.b_dec += centre.to(self.b_dec)
         return self
+
+    def _shift_input_(self, centre: Tensor) -> None:
+        """Turn encoder and skip connection of ``x - centre`` into those of x."""
+        if not self.config.pre_bias:  # which is centred by b_dec
+            moved = self.W_enc @ centre
+            self.b_enc -= moved
+            if self.config.gated:
+                self.b_mag -= torch.exp(self.r_mag) * moved
+        if self.config.skip:
+            self.b_dec -= self.W_skip @ centre
 
     @torch.no_grad()
     def fold_norms_(self) -> SparseCoder:
@@ -334,12 +332,13 @@ class SparseCoder(nn.Module):
         """
         norms = self.decoder_norms()
         norms = torch.where(norms > 0, norms, 1.0)
-        if not self.config.select_by_norm and self.config.select not in ("threshold",):
+        if not self.config.select_by_norm and not self.config.is_thresholded:
             raise ValueError("norms can be folded where selection goes by norm or by a threshold per latent; else the "
                              "folded coder would select other latents")  # fmt: skip
-        for name in ("W_enc", "b_enc", "b_mag", "threshold"):
+        # Scores that are multiplied by the norms already keep their thresholds.
+        for name in ("W_enc", "b_enc", "b_mag", *(() if self.config.select_by_norm else ("threshold",))):
             value = getattr(self, name, None)
-            if value is not None and value.ndim:
+            if value is not None:
                 value.mul_(norms.to(value.dtype).view(-1, *[1] * (value.ndim - 1)))
         self.W_dec.div_(norms.to(self.W_dec.dtype)[:, None])
         self.config = dataclasses.replace(self.config, select_by_norm=False)

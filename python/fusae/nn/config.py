@@ -16,7 +16,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-SELECTS = ("topk", "abs", "group_max", "batch_topk", "threshold")
+SELECTS = ("topk", "abs", "group_max", "batch_topk", "relu", "threshold")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +26,14 @@ class SparseCoderConfig:
     Attributes:
         d: width of the input.
         m: latents (dictionary size).
-        k: latents active per row, ``1 <= k <= m``: exactly ('topk', 'abs', 'group_max'), or on average.
+        k: latents active per row, ``1 <= k <= m``: exactly ('topk', 'abs', 'group_max'), on average ('batch_topk'), or
+            wanted ('threshold' with a penalty that has a target; otherwise of no effect, as with 'relu').
         activation: 'relu' (a selected latent at or below 0 gets value 0) or 'none'.
         select: which latents are active. 'topk': the k largest pre-activations of a row; 'abs': by magnitude (wants
             activation 'none'); 'group_max': the largest of each of k groups of latents (k divides m); 'batch_topk': the
             n·k largest of a batch in training, those above a common threshold in eval mode (Bussmann et al. 2024,
-            arXiv:2412.06410); 'threshold': those above a threshold per latent (0 throughout: a plain ReLU).
+            arXiv:2412.06410); 'relu': those above 0; 'threshold': those above a trained threshold per latent, which is
+            at least 0 (JumpReLU, Rajamanoharan et al. 2024, arXiv:2407.14435).
         select_by_norm: select by pre-activation times the norm of the latent's decoder row, for dictionaries whose
             decoder rows are not of unit norm.
         k_aux: latents in the AuxK selection, ``0 <= k_aux <= m``; 0: the coder has none.
@@ -40,7 +42,7 @@ class SparseCoderConfig:
         d_out: width of the output, for transcoders; None: d.
         pre_bias: subtract `b_dec` from the input before encoding (wants the output to be of the input's width).
         skip: add a dense linear map ``W_skip x`` to the output (skip transcoder, arXiv:2501.18823).
-        gated: separate gates and magnitudes (Rajamanoharan et al. 2024, arXiv:2404.16014); wants select 'threshold'.
+        gated: separate gates and magnitudes (Rajamanoharan et al. 2024, arXiv:2404.16014); wants select 'relu'.
         sites: widths of the parts that a row is joined from (crosscoder); the norm of a decoder row is then the sum of
             its parts' norms. Their sum is the width of the output.
 
@@ -72,19 +74,20 @@ class SparseCoderConfig:
             raise ValueError(
                 f"activation must be 'none' with select 'abs' (values are signed), got {self.activation!r}"
             )
-        if self.select == "threshold" and self.activation != "relu":
+        if self.is_thresholded and self.activation != "relu":
             raise ValueError(
-                f"activation must be 'relu' with select 'threshold' (which is at least 0), got {self.activation!r}"
+                f"activation must be 'relu' with select {self.select!r} (its threshold is at least 0), "
+                f"got {self.activation!r}"
             )
         if self.select == "group_max" and self.m % self.k:
             raise ValueError(f"k must divide m = {self.m} with select 'group_max' (k groups of latents), got {self.k}")
         for name in ("select_by_norm", "pre_bias", "skip", "gated"):
             _fields.flag(name, getattr(self, name))
         _fields.whole("k_aux", self.k_aux, 0, self.m, "m")
-        if self.k_aux and self.select == "threshold":
-            raise ValueError(f"k_aux must be 0 with select 'threshold' (it has no AuxK selection), got {self.k_aux}")
-        if self.gated and self.select != "threshold":
-            raise ValueError(f"select must be 'threshold' with gated, got {self.select!r}")
+        if self.k_aux and self.is_thresholded:
+            raise ValueError(f"k_aux must be 0 with select {self.select!r} (which has no AuxK), got {self.k_aux}")
+        if self.gated and self.select != "relu":
+            raise ValueError(f"select must be 'relu' with gated (gates are open above 0), got {self.select!r}")
         _fields.choice("dtype", self.dtype, tuple(DTYPES))
         if self.d_out is not None:
             _fields.whole("d_out", self.d_out, 1)
@@ -100,6 +103,11 @@ class SparseCoderConfig:
                 raise ValueError(
                     f"sites must add up to the width of the output, {self.output_width}, got {list(self.sites)}"
                 )
+
+    @property
+    def is_thresholded(self) -> bool:
+        """Whether any number of latents can be active: all that are above a threshold."""
+        return self.select in ("relu", "threshold")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -122,7 +130,7 @@ class SparseCoderConfig:
             shapes["W_skip"] = ([out, d], dtype)
         if self.gated:  # magnitude = exp(r_mag) · (pre - b_enc) + b_mag
             shapes |= {"r_mag": ([m], dtype), "b_mag": ([m], dtype)}
-        elif self.select == "threshold":
+        if self.select == "threshold":
             shapes["threshold"] = ([m], self.threshold_dtype)
         return shapes
 

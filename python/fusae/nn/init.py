@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starting points: unit rows, and the centre of the data."""
+"""Starting points: unit rows, the centre of the data, thresholds and firing rates."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _fields
 from .sums import total
+
+if TYPE_CHECKING:
+    from .coder import SparseCoder
 
 # Rows worked on together: bounds the scratch memory beside a large matrix.
 _CHUNK = 4096
@@ -71,3 +76,56 @@ def geometric_median(x: Tensor, max_iterations: int = 100, tolerance: float = 1e
         if step.norm() <= tolerance * mean:
             break
     return median
+
+
+@torch.no_grad()
+def init_thresholds_(coder: SparseCoder, value: float) -> SparseCoder:
+    """Set all trained thresholds of `coder` to `value` (at least 0).
+
+    Published, for rows of unit mean squared norm: 0.001 (Gemma Scope, dictionary_learning), with decoder rows of unit
+    norm, ``W_enc = W_dec`` and biases 0, which is how a coder starts; 0.1 / √d (Anthropic, January 2025 update).
+    """
+    _thresholded(coder)
+    coder.threshold.fill_(_fields.number("value", value))
+    return coder
+
+
+@torch.no_grad()
+def init_firing_rate_(coder: SparseCoder, x: Tensor, rate: float) -> SparseCoder:
+    """Set `b_enc` so that every latent of a ReLU or JumpReLU coder fires in a share `rate` of the rows `x` ``[n, d]``.
+
+    Anthropic, January 2025 update: rate 10,000 / m, with elements of `W_enc` uniform in ±1 / √d
+    (`init_uniform_encoder_`) and thresholds of 0.1 / √d. There have to be rows that fire and rows that do not. Works on
+    4096 latents at a time.
+    """
+    _thresholded(coder, relu=True)
+    coder.check_input(x)
+    if x.ndim != 2 or x.shape[0] == 0:
+        raise ValueError(f"x must have shape [n, {coder.config.d}] with at least one row, got {list(x.shape)}")
+    count = round(_fields.number("rate", rate, high=1.0, above=True) * len(x))
+    if not 1 <= count < len(x):
+        raise ValueError(f"rate must be between 1 / {len(x)} and 1 - 1 / {len(x)} with as many rows, got {rate}")
+    acc = _checks.accumulator(x.dtype)
+    inputs = (x - coder.b_dec if coder.config.pre_bias else x).to(acc)
+    threshold = coder.threshold if coder.config.select == "threshold" else torch.zeros_like(coder.b_enc)
+    for W, b, limit in zip(*(t.split(_CHUNK) for t in (coder.W_enc, coder.b_enc, threshold)), strict=True):
+        best = (W.to(acc) @ inputs.T).topk(count + 1, dim=1).values
+        b.copy_(limit - (best[:, -2] + best[:, -1]) / 2)
+    return coder
+
+
+@torch.no_grad()
+def init_uniform_encoder_(coder: SparseCoder, seed: int = 0) -> SparseCoder:
+    """Fill `W_enc` ``[m, d]`` uniformly in ±1 / √d (Anthropic, January 2025 update); the same on every device."""
+    generator = torch.Generator().manual_seed(_fields.whole("seed", seed))
+    bound, wide = coder.config.d**-0.5, _checks.accumulator(coder.W_enc.dtype)
+    for rows in coder.W_enc.split(_CHUNK):
+        rows.copy_((torch.rand(rows.shape, generator=generator, dtype=wide) * 2 - 1) * bound)
+    return coder
+
+
+def _thresholded(coder: SparseCoder, relu: bool = False) -> None:
+    selects = ("threshold", "relu") if relu else ("threshold",)
+    if coder.config.select not in selects:
+        wanted = " or ".join(map(repr, selects))
+        raise ValueError(f"coder must have select {wanted}, got {coder.config.select!r}")

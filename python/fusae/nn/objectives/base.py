@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import _checks, _fields
 from ...codes import SparseCodes
-from ...ops import decode
+from ...ops import decode, decode_loss
 from ..sums import total
 
 if TYPE_CHECKING:
@@ -114,21 +116,82 @@ def aux_loss(error: Tensor, reconstruction: Tensor, dead: Tensor) -> Tensor:
     return torch.where(used, aux, 0.0)
 
 
-def decode_both(coder: SparseCoder, codes: SparseCodes, aux: SparseCodes) -> tuple[Tensor, Tensor]:
-    """``(decode(codes), decode(aux) without b_dec)`` of codes and AuxK codes ``[n, k_aux]`` in one pass: one gradient
-    of `W_dec`, not two to add up.
+def decode_together(coder: SparseCoder, parts: Sequence[SparseCodes]) -> list[Tensor]:
+    """``decode(part)`` without `b_dec` of several codes of the same n rows, in one pass: one gradient of `W_dec`, not
+    several to add up. Only the last one may be ragged.
 
-    `decode` would add `b_dec` to the rows of both, so it is added after; in 16 bits that rounds once more.
+    `decode` would add `b_dec` to all of them, so it is left to the caller; in 16 bits that rounds once more.
     """
-    n, width, device = len(codes), aux.values.shape[1], codes.device
-    # The auxiliary rows come first: behind ragged codes there may be storage that is not in use.
-    first = torch.arange(n, device=device) * width
-    if codes.offsets is None:
-        rest = torch.arange(n + 1, device=device) * codes.values.shape[1]
-    else:
-        rest = codes.offsets
-    values = torch.cat([aux.values.reshape(-1), codes.values.reshape(-1)])
-    indices = torch.cat([aux.indices.reshape(-1), codes.indices.reshape(-1)])
-    both = SparseCodes(values, indices, codes.m, torch.cat([first, rest + n * width]))
-    extra, main = decode(both, coder.W_dec, sparse_grad=coder.sparse_grad).split(n)
-    return main + coder.b_dec, extra
+    n, device, start, offsets = len(parts[0]), parts[0].device, 0, []
+    for part in parts:
+        if part.offsets is None:
+            width = part.values.shape[1]
+            offsets.append(start + width * torch.arange(n, device=device))
+            start += n * width
+        else:  # last: behind ragged codes there may be storage that is not in use
+            offsets.append(start + part.offsets)
+    if parts[-1].offsets is None:
+        offsets.append(torch.full((1,), start, device=device))
+    values = torch.cat([part.values.reshape(-1) for part in parts])
+    indices = torch.cat([part.indices.reshape(-1) for part in parts])
+    joined = SparseCodes(values, indices, parts[0].m, torch.cat(offsets))
+    return list(decode(joined, coder.W_dec, sparse_grad=coder.sparse_grad).split(n))
+
+
+class Fit(NamedTuple):
+    """How well codes rebuild their target.
+
+    Attributes:
+        loss: scalar ``Σ_g weights[g] · mse[g]``, with a gradient.
+        mse: ``[G]`` squared error of every prefix, summed over d, mean over rows, divided by the variance. Detached.
+        sse: scalar, ``Σ ||y - ŷ||²`` of the last prefix, which is all of the codes. Detached.
+        residual: ``[n, d_out]``, ``y - ŷ``. Detached.
+        reconstruction: ``[n, d_out]``, ``ŷ``. Detached.
+    """
+
+    loss: Tensor
+    mse: Tensor
+    sse: Tensor
+    residual: Tensor
+    reconstruction: Tensor
+
+
+def fit(
+    coder: SparseCoder,
+    codes: SparseCodes,
+    x: Tensor,
+    target: Tensor,
+    variance: Tensor | float,
+    prefixes: Sequence[int] | None = None,
+    weights: Sequence[float] | None = None,
+    nested: str = "latents",
+) -> Fit:
+    """`fusae.decode_loss` of a coder's codes, per row and divided by `variance`; see there for the last three."""
+    wanted = target - F.linear(x, coder.W_skip) if coder.config.skip else target
+    out = decode_loss(
+        codes, coder.W_dec, coder.b_dec, wanted, prefixes, weights, nested=nested, sparse_grad=coder.sparse_grad
+    )
+    scale = 1 / (len(target) * variance)
+    mse = (out.sse * scale).detach()
+    return Fit(out.loss * scale, mse, out.sse[-1], out.residual, target.detach() - out.residual.to(target.dtype))
+
+
+def row_norms(coder: SparseCoder, latents: Tensor) -> Tensor:
+    """``[m]`` decoder norms with a gradient, for losses that take those of `latents` (may repeat) only.
+
+    With ``coder.sparse_grad`` the gradient is one of their rows, and the others' norms are not worked out (0).
+    """
+    if not coder.sparse_grad:
+        return coder.norms_of(coder.W_dec)
+    touched = latents.long().unique()
+    norms = coder.norms_of(F.embedding(touched, coder.W_dec, sparse=True))
+    return norms.new_zeros(coder.config.m).index_copy(0, touched, norms)
+
+
+def wants(coder: SparseCoder, objective: object, selects: Sequence[str]) -> None:
+    """Raises `ValueError` where the coder does not select as the objective needs it."""
+    if coder.config.select not in selects:
+        raise ValueError(
+            f"objective {type(objective).__name__} needs a coder with select {' or '.join(map(repr, selects))}, "
+            f"got {coder.config.select!r}"
+        )
