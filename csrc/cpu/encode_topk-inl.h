@@ -38,6 +38,7 @@ struct GroupSink {
   void after(Local&, int64_t, int64_t) {}
   void slab_done() {}
   void take(Local&, int64_t row, int64_t, V pre, V score, uint32_t valid, int64_t first, V) {
+    if (!valid) return;  // `first` may lie past the last group
     const int64_t group = first / s.size, at = row * s.k + group;
     if ((first + N - 1) / s.size == group && s.idx[at] >= 0) {  // NaN in hand: nothing passes but NaN, which loses below
       const float best = score_of(s.pre[at], s.idx[at], norms, false);
