@@ -102,6 +102,65 @@ def encode_topk_grads(
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
+class _Step(torch.autograd.Function):
+    """``gain · H(pre - threshold)`` with H's derivative taken as ``1 / bandwidth`` in the open window around the
+    threshold; `through` gives it to `pre` too. `gain` is 1, or `pre` itself, for JumpReLU (then threshold at the jump).
+    """
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth, through, jump):
+        ctx.save_for_backward(pre, threshold)
+        ctx.options = bandwidth, through, jump
+        above = ~(pre <= threshold)
+        return torch.where(above, pre, 0.0) if jump else above.to(pre.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (pre, threshold), (bandwidth, through, jump) = ctx.saved_tensors, ctx.options
+        ramp = grad * ((pre - threshold).abs() < bandwidth / 2) / bandwidth * (threshold if jump else 1.0)
+        grad_pre = (grad * ~(pre <= threshold) if jump else 0.0) + (ramp if through else torch.zeros_like(ramp))
+        return grad_pre, -ramp.sum(0), None, None, None
+
+
+def encode_threshold_grads(
+    inputs: Inputs, codes: SparseCodes, grad: Tensor, grad_l0: Tensor | None
+) -> dict[str, Tensor]:
+    """Float64 autograd through the dense formula: gradients of the stored values, and of l0 with a bandwidth."""
+    leaves = {
+        name: inputs[name].detach().to(torch.float64).requires_grad_()
+        for name in ("x", "W_enc", "b_enc", "threshold")
+        if isinstance(inputs.get(name), Tensor)
+    }
+    W = leaves["W_enc"]
+    pre = leaves["x"].reshape(-1, W.shape[1]) @ W.T
+    if "b_enc" in leaves:
+        pre = pre + leaves["b_enc"]
+    used = int(codes.offsets[-1])
+    place = codes.row_ids()[:used], codes.indices[:used].long()
+    bandwidth = inputs.get("bandwidth")
+    if bandwidth is None:  # every stored entry is above
+        leaves.pop("threshold", None)
+        loss = (pre[place] * grad[:used].double()).sum()
+    else:
+        threshold = leaves.get("threshold", pre.new_full((codes.m,), 0.0) + inputs["threshold"])
+        options = bandwidth, inputs.get("straight_through", False)
+        loss = (_Step.apply(pre, threshold, *options, True)[place] * grad[:used].double()).sum()
+        loss = loss + (_Step.apply(pre, threshold, *options, False).sum(1) * grad_l0.double()).sum()
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+def linear_grads(inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
+    """Float64 autograd of the pre-activations, for their gradient ``[n, m]``."""
+    leaves = {
+        name: inputs[name].detach().to(torch.float64).requires_grad_()
+        for name in ("x", "W_enc", "b_enc")
+        if inputs.get(name) is not None
+    }
+    W = leaves["W_enc"]
+    pre = torch.nn.functional.linear(leaves["x"].reshape(-1, W.shape[1]), W, leaves.get("b_enc"))
+    return dict(zip(leaves, torch.autograd.grad(pre, list(leaves.values()), grad), strict=True))
+
+
 def decode(inputs: Inputs) -> Tensor:
     """``codes.to_dense() @ W_dec + b_dec`` in float64, ``[n, d]``."""
     codes = inputs["codes"].detach().flatten().to(torch.float64)
@@ -118,6 +177,42 @@ def decode_grads(inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
         leaves["b_dec"] = inputs["b_dec"].detach().double().requires_grad_()
         y = y + leaves["b_dec"]
     return dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), grad.double()), strict=True))
+
+
+def _losses(inputs: Inputs, codes: SparseCodes, W: Tensor, b: Tensor | None, target: Tensor) -> tuple[Tensor, ...]:
+    """The dense statement of `decode_loss`: loss, sse ``[G]``, residual ``[n, d]``; codes flat, everything float64."""
+    by_rank = inputs.get("nested") == "rank"
+    key = torch.arange(codes.values.shape[1] if by_rank else codes.m, device=W.device)
+    sse = []
+    for prefix in inputs.get("prefixes") or [codes.m]:
+        if by_rank:
+            dense = SparseCodes(codes.values * (key < prefix), codes.indices, codes.m).to_dense()
+        else:
+            dense = codes.to_dense() * (key < prefix)
+        residual = target - dense @ W - (0.0 if b is None else b)
+        sse.append(residual.square().sum())
+    sse = torch.stack(sse)
+    weights = inputs.get("weights") or [1.0] * len(sse)
+    return (sse * torch.tensor(weights, dtype=sse.dtype, device=sse.device)).sum(), sse, residual
+
+
+def decode_loss(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, sse ``[G]`` and residual ``[n, d]`` of a `decode_loss` call in float64."""
+    inputs = double(inputs)
+    W, b, target = (inputs[name] for name in ("W_dec", "b_dec", "target"))
+    return _losses(inputs, inputs["codes"].flatten(), W, b, target.reshape(-1, W.shape[1]))
+
+
+def decode_loss_grads(inputs: Inputs, grad: float) -> dict[str, Tensor]:
+    """Float64 autograd through the dense statement, for a gradient `grad` of the loss."""
+    inputs = double(inputs)
+    codes = inputs["codes"].flatten()
+    leaves = {"values": codes.values.clone().requires_grad_()}
+    leaves |= {name: inputs[name].requires_grad_() for name in ("W_dec", "b_dec", "target") if inputs[name] is not None}
+    codes = SparseCodes(leaves["values"], codes.indices, codes.m, codes.offsets)
+    W, target = leaves["W_dec"], leaves["target"]
+    loss, *_ = _losses(inputs, codes, W, leaves.get("b_dec"), target.reshape(-1, W.shape[1]))
+    return dict(zip(leaves, torch.autograd.grad(grad * loss, list(leaves.values())), strict=True))
 
 
 def adam_rows(inputs: Inputs) -> dict[str, Tensor]:

@@ -64,7 +64,11 @@ class Case:
         return {
             "topk": ("topk_fwd", "topk_bwd"),
             "encode_topk": ("encode_topk_fwd", "encode_bwd"),
+            "encode_threshold": ("encode_threshold_fwd", "encode_threshold_bwd", "encode_bwd"),
+            "encode_batch_topk": ("encode_batch_topk_fwd", "encode_bwd"),
             "decode": ("decode_fwd", "decode_bwd"),
+            "decode_loss": ("decode_loss_fwd", "decode_loss_bwd"),
+            "codes_from_dense": ("codes_from_dense_fwd", "codes_from_dense_bwd"),
             "adam_rows_": ("adam_rows_",),
         }[self.op]
 

@@ -13,18 +13,29 @@ from ..cases import Case
 from ..targets import Target
 from .adam import adam_forward
 from .decode import decode_backward, decode_forward
+from .dense import codes_from_dense_backward, codes_from_dense_forward
 from .encode import encode_backward, encode_forward, topk_backward, topk_forward
+from .loss import decode_loss_backward, decode_loss_forward
+from .ragged import batch_topk_backward, batch_topk_forward, threshold_backward, threshold_forward
 
 _FORWARD = {
     "topk": topk_forward,
     "encode_topk": encode_forward,
+    "encode_threshold": threshold_forward,
+    "encode_batch_topk": batch_topk_forward,
     "decode": decode_forward,
+    "decode_loss": decode_loss_forward,
+    "codes_from_dense": codes_from_dense_forward,
     "adam_rows_": adam_forward,
 }
 _BACKWARD = {
     "topk": topk_backward,
     "encode_topk": encode_backward,
+    "encode_threshold": threshold_backward,
+    "encode_batch_topk": batch_topk_backward,
     "decode": decode_backward,
+    "decode_loss": decode_loss_backward,
+    "codes_from_dense": codes_from_dense_backward,
 }
 
 

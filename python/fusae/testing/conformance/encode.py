@@ -60,7 +60,10 @@ def encode_forward(case: Case, inputs: Inputs, result: Any) -> None:
         if codes.batch_shape != x.shape[:-1] or codes.m != truth.pre.shape[1] or codes.dtype != x.dtype:
             raise AssertionError(f"{what}: wrong shape or dtype {codes}")
         flat = codes.flatten()
-        assert_topk(truth.pre, flat.values, flat.indices, width, mask=mask, what=what, **common)
+        if mask is None and inputs.get("select") == "group_max":
+            _assert_group_max(truth, flat, width, activation)
+        else:
+            assert_topk(truth.pre, flat.values, flat.indices, width, mask=mask, what=what, **common)
     if not case.exact:
         return
     wanted = _pair(case.call(inputs, backend="reference"))
@@ -68,6 +71,18 @@ def encode_forward(case: Case, inputs: Inputs, result: Any) -> None:
         if codes is not None:
             assert_equal(codes.indices, ref.indices, f"{what} indices")
             assert_equal(codes.values, ref.values, f"{what} values", signed_zero=activation == "relu")
+
+
+def _assert_group_max(truth: oracles.Scores, codes: SparseCodes, k: int, activation: str) -> None:
+    """One latent of every group, in the order of the groups: for each group by itself, a top-1."""
+    if tuple(codes.indices.shape) != (len(truth.pre), k):
+        raise AssertionError(f"group_max: indices [{len(truth.pre)}, {k}] wanted, got {list(codes.indices.shape)}")
+    size = truth.pre.shape[1] // k
+    local = codes.indices - size * torch.arange(k, dtype=torch.int32, device=codes.device)
+    assert_topk(
+        truth.pre.reshape(-1, size), codes.values.reshape(-1, 1), local.reshape(-1, 1), 1,
+        score=truth.score.reshape(-1, size), activation=activation, band=truth.band, what="group_max",
+    )  # fmt: skip
 
 
 def encode_backward(case: Case, inputs: Inputs, target: Target, gen: torch.Generator) -> None:
@@ -91,18 +106,18 @@ def encode_backward(case: Case, inputs: Inputs, target: Target, gen: torch.Gener
     d = inputs["W_enc"].shape[1]
     x, W = inputs["x"].detach().reshape(-1, d), inputs["W_enc"].detach()
     arguments = torch.cat(gated, 1), torch.cat([c.indices for c in flat], 1), None
-    wanted = _encode_reference(*arguments, x, W)
+    wanted = encode_reference(*arguments, x, W)
     if oracles.all_finite(inputs) and all(bool(torch.isfinite(c.values).all()) for c in flat):
         selections = list(zip(flat, grads, (None, mask), strict=False))
         truth = oracles.encode_topk_grads(inputs, oracles.scores(inputs, case.exact), selections)
     else:
-        truth = _encode_reference(arguments[0].double(), *arguments[1:], x.double(), W.double())
+        truth = encode_reference(arguments[0].double(), *arguments[1:], x.double(), W.double())
     for name in names:
         shape = inputs[name].shape
         assert_grads(got[name], wanted[name].reshape(shape), truth[name].reshape(shape), f"grad {name}")
     check_row_sparse(sparse, got["W_enc"], *arguments[:2])
 
 
-def _encode_reference(grad: Tensor, indices: Tensor, offsets: None, x: Tensor, W: Tensor) -> dict[str, Tensor]:
+def encode_reference(grad: Tensor, indices: Tensor, offsets: Tensor | None, x: Tensor, W: Tensor) -> dict[str, Tensor]:
     grad_x, _, grad_W, grad_b = reference.encode_bwd(grad, indices, offsets, x, W, True, True, True, False)
     return {"x": grad_x, "W_enc": grad_W, "b_enc": grad_b}
