@@ -267,14 +267,7 @@ def test_batch_of_cuts_to_the_longest():
     assert mask is None and cut.tolist() == ids[:1].tolist()
 
 
-def test_rows_to_use_and_norm_limit_leave_padding_out():
-    hidden = torch.tensor([[1.0, 2.0, 3.0, 900.0], [5.0, 50.0, 900.0, 900.0]])[..., None]
-    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    assert hooks.norm_limit_of(hidden, 1, 2.0, mask) == 2 * 3.0  # the median of 2, 3, 50
-    assert hooks.rows_to_use(hidden, 1, 6.0, mask).tolist() == [[False, True, True, False], [False] * 4]
-    assert hooks.rows_to_use(hidden, 0, None, mask).tolist() == mask.tolist()
-    with pytest.raises(ValueError, match="no chunk of the first batch is longer than 3 tokens"):
-        hooks.norm_limit_of(hidden, 3, 2.0, mask)
+def test_special_tokens():
     ids = torch.tensor([[0, 5, 7], [7, 2, 0]])
     assert hooks.is_special(ids, (0, 7)).tolist() == [[True, False, True], [True, False, True]]
     assert not hooks.is_special(ids, ()).any()

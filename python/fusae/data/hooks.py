@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reach into a torch module by name: run a model up to submodules, and say which of their rows to use.
+"""Reach into a torch module by name: run a model over token chunks up to submodules, and take what is there.
 
 Works with any module whose input or output is a tensor ``[batch, ctx, d]`` or a tuple that starts with one (blocks of
 Hugging Face models).
@@ -23,6 +23,12 @@ from torch import Tensor, nn
 from .tokens import TokenChunks
 
 INPUT = ":in"  # what ends the name of a site that is a module's input
+
+_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+_NO_MASK = (
+    "chunks: they differ in length, but the forward of {} takes no attention_mask; use chunks of one length "
+    "(tokenize with tails=False)"
+)
 
 
 def find_module(model: nn.Module, name: str) -> nn.Module:
@@ -197,12 +203,6 @@ def forward_options(model: nn.Module, attention_mask: Tensor | None = None) -> d
     return options
 
 
-_NO_MASK = (
-    "chunks: they differ in length, but the forward of {} takes no attention_mask; use chunks of one length "
-    "(tokenize with tails=False)"
-)
-
-
 def _parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
 
@@ -276,44 +276,11 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-_POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
-
-
 def check_row_options(ctx: int, skip_positions: int, outlier_factor: float | None) -> None:
     if not 0 <= skip_positions < ctx:
         raise ValueError(f"skip_positions must lie in 0..{ctx - 1} (ctx is {ctx}), got {skip_positions}")
     if outlier_factor is not None and not (outlier_factor > 1.0 and np.isfinite(outlier_factor)):
         raise ValueError(f"outlier_factor must be finite and above 1, or None, got {outlier_factor}")
-
-
-def norm_limit_of(
-    hidden: Tensor, skip_positions: int, outlier_factor: float | None, mask: Tensor | None = None
-) -> float | None:
-    """`outlier_factor` times the median norm of the rows of ``[batch, ctx, d]`` from position `skip_positions` on,
-    where `mask` ``[batch, ctx]`` is true.
-
-    Attention sinks have norms some hundred times the usual one: a single such row decides any squared error.
-    """
-    if outlier_factor is None:
-        return None
-    norms = hidden[:, skip_positions:].float().norm(dim=-1)
-    norms = norms.flatten() if mask is None else norms[mask[:, skip_positions:]]
-    if not len(norms):
-        raise ValueError(f"skip_positions: no chunk of the first batch is longer than {skip_positions} tokens")
-    limit = float(outlier_factor * norms.median())
-    if not np.isfinite(limit):
-        raise ValueError("model: its activations are not finite; a lower precision than it was made for?")
-    return limit
-
-
-def rows_to_use(hidden: Tensor, skip_positions: int, norm_limit: float | None, mask: Tensor | None = None) -> Tensor:
-    """Bool ``[batch, ctx]``: in use (`mask`), position at least `skip_positions` and norm at most `norm_limit` (a NaN
-    row is kept)."""
-    use = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device) if mask is None else mask.clone()
-    use[:, :skip_positions] = False
-    if norm_limit is not None:
-        use &= ~(hidden.float().norm(dim=-1) > norm_limit)
-    return use
 
 
 def is_special(ids: Tensor, special: Sequence[int]) -> Tensor:
