@@ -246,7 +246,7 @@ class _DictionaryLearningTopKOnTrainer:
         some_rows = torch.randn(s.batch_size, s.d, dtype=start["W_dec"].dtype)  # batches come from outside
         self.trainer = Trainer(config, some_rows, show=False)
         _with_weights(self.trainer.coder, start)
-        self.trainer.variance = 1.0  # the squared error of this recipe is not normalised
+        self.trainer.scaling.variance = 1.0  # the squared error of this recipe is not normalised
 
     def step(self, x: Tensor) -> float:
         self.dead = int(self.trainer.dead.mask().sum())
