@@ -15,7 +15,7 @@ def _runs(*, backward: bool):
         if backward and case.op == "adam_rows_":
             continue
         for dtype in case.dtypes:
-            for target in targets(*case.raw_ops, gemms=case.op == "encode_topk" and not backward):
+            for target in targets(*case.raw_ops, gemms=case.op.startswith("encode") and not backward):
                 yield pytest.param(case, target, dtype, id=f"{case}-{target}-{NAMES[dtype]}")
 
 

@@ -208,7 +208,7 @@ def assert_topk(
     wanted = pre.gather(1, at)
     if mask is not None:
         wanted = wanted.masked_fill(~mask[at], 0.0)
-    _assert_values(values, wanted, activation, band, what)
+    assert_values(values, wanted, activation, band, what)
     if mask is not None:
         chosen = min(k, int(mask.sum()))
         _assert_padding(at[:, chosen:], mask, what)
@@ -220,7 +220,7 @@ def assert_topk(
         _assert_order(score, at, band, mask, what)
 
 
-def _assert_values(values: Tensor, wanted: Tensor, activation: str, band: float, what: str) -> None:
+def assert_values(values: Tensor, wanted: Tensor, activation: str, band: float, what: str) -> None:
     if activation == "relu":
         negative = torch.signbit(values) & ~torch.isnan(values)
         if negative.any():

@@ -14,7 +14,7 @@ from .. import _dispatch
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A backend; on the CPU with one of its instruction sets, and one way to take the products of `encode_topk`."""
+    """A backend; on the CPU with one of its instruction sets, and one way to take the products of the encoders."""
 
     backend: str
     isa: str | None = None

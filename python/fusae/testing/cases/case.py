@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fusae
 
+from ... import _dispatch
 from ..patterns import LAYOUTS
 
 FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -61,16 +62,7 @@ class Case:
     @property
     def raw_ops(self) -> tuple[str, ...]:
         """Raw ops behind the public one, forward and backward."""
-        return {
-            "topk": ("topk_fwd", "topk_bwd"),
-            "encode_topk": ("encode_topk_fwd", "encode_bwd"),
-            "encode_threshold": ("encode_threshold_fwd", "encode_threshold_bwd", "encode_bwd"),
-            "encode_batch_topk": ("encode_batch_topk_fwd", "encode_bwd"),
-            "decode": ("decode_fwd", "decode_bwd"),
-            "decode_loss": ("decode_loss_fwd", "decode_loss_bwd"),
-            "codes_from_dense": ("codes_from_dense_fwd", "codes_from_dense_bwd"),
-            "adam_rows_": ("adam_rows_",),
-        }[self.op]
+        return _dispatch.raw_ops(self.op)
 
     def __str__(self) -> str:
         sizes = "-".join(f"{letter}{size}" for letter, size in self.shape.items())

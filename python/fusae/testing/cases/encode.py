@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .. import patterns
-from .case import ALL, BF16, FP16, FP32, FP64, Case, place
+from .case import ALL, BF16, FP16, FP32, FP64, Case, Inputs, place
 
 
 def topk(n: int, m: int, k: int, name: str = "", *, pattern: str = "normal", layout: str = "contiguous",
@@ -24,6 +24,22 @@ def topk(n: int, m: int, k: int, name: str = "", *, pattern: str = "normal", lay
                 moved=n * m + n * k, moved_fixed=4 * n * k, **options)  # fmt: skip
 
 
+def encoder_inputs(n: int, d: int, m: int, pattern: str, x: str, W: str, bias: bool, norms: bool,
+                   batch: tuple[int, ...] | None, dtype: torch.dtype, gen: torch.Generator,
+                   device: torch.device) -> Inputs:  # fmt: skip
+    """What all encoders take. `x`, `W`: layouts."""
+    x_, W_, b_ = (t.to(dtype) for t in patterns.ENCODER[pattern](n, d, m, gen))
+    x_, W_ = place(x_, dtype, device, x), place(W_, dtype, device, W)
+    if batch is not None:
+        x_ = x_.view(*batch, d)
+    inputs = {"x": x_, "W_enc": W_, "b_enc": b_.to(device) if bias else None}
+    if norms:
+        acc = FP64 if dtype == FP64 else FP32
+        exponent = torch.randint(-1, 2, (m,), generator=gen)  # powers of two keep exact cases exact
+        inputs["norms"] = (2.0**exponent).to(acc).to(device)
+    return inputs
+
+
 def encode_topk(n: int, d: int, m: int, k: int, name: str = "", *, pattern: str = "normal", x: str = "contiguous",
                 W: str = "contiguous", bias: bool = True, activation: str = "relu", select: str = "topk",
                 norms: bool = False, aux: float | None = None, k_aux: int = 0, batch: tuple[int, ...] | None = None,
@@ -31,17 +47,10 @@ def encode_topk(n: int, d: int, m: int, k: int, name: str = "", *, pattern: str 
     """``fusae.encode_topk``. `x`, `W`: layouts; `aux`: share of latents in the auxiliary mask, or None."""
 
     def make(dtype, gen, device):
-        x_, W_, b_ = (t.to(dtype) for t in patterns.ENCODER[pattern](n, d, m, gen))
-        x_, W_ = place(x_, dtype, device, x), place(W_, dtype, device, W)
-        if batch is not None:
-            x_ = x_.view(*batch, d)
-        inputs = {"x": x_, "W_enc": W_, "b_enc": b_.to(device) if bias else None, "k": k, "activation": activation}
+        inputs = encoder_inputs(n, d, m, pattern, x, W, bias, norms, batch, dtype, gen, device)
+        inputs |= {"k": k, "activation": activation}
         if select != "topk":
             inputs["select"] = select
-        if norms:
-            acc = FP64 if dtype == FP64 else FP32
-            exponent = torch.randint(-1, 2, (m,), generator=gen)  # powers of two keep exact cases exact
-            inputs["norms"] = (2.0**exponent).to(acc).to(device)
         if aux is not None:
             inputs["aux_mask"] = (torch.rand(m, generator=gen) < aux).to(device)
             inputs["k_aux"] = k_aux
@@ -121,4 +130,18 @@ ENCODE_TOPK = [
     encode_topk(37, 64, 9001, 33, pattern="infinite", aux=0.5, k_aux=33, norms=True, dtypes=(FP32, BF16, FP16)),
     encode_topk(37, 64, 9001, 33, pattern="infinite", activation="none", select="abs"),
     encode_topk(37, 64, 700, 33, pattern="subnormal", activation="none", dtypes=(FP32, FP64)),
+    encode_topk(39, 64, 5000, 50, select="group_max", dtypes=ALL),
+    encode_topk(37, 96, 700, 175, select="group_max", norms=True, aux=0.3, k_aux=9, x="strided"),
+    encode_topk(37, 64, 20011, 1, select="group_max", pattern="integers", W="transposed"),
+    encode_topk(37, 64, 700, 700, select="group_max", pattern="integers", bias=False),
+    encode_topk(36, 7, 96, 4, "group_max_3d", select="group_max", batch=(3, 2, 6), grad_layout="expanded"),
+    encode_topk(0, 64, 96, 3, "group_max", select="group_max"),
+    encode_topk(37, 64, 5000, 8, select="group_max", pattern="equal_latents", activation="none", dtypes=(FP32, FP16)),
+    encode_topk(37, 64, 5000, 40, select="group_max", pattern="negative_zero", activation="none"),
+    encode_topk(37, 64, 9000, 30, select="group_max", pattern="nan_many", aux=0.5, k_aux=20),
+    encode_topk(37, 64, 9000, 60, select="group_max", pattern="nan_latent", norms=True, dtypes=(FP32, BF16, FP16)),
+    encode_topk(7, 64, 9000, 3000, select="group_max", pattern="nan_rows", activation="none"),
+    encode_topk(37, 64, 9000, 36, select="group_max", pattern="infinite", activation="none"),
+    encode_topk(37, 64, 5000, 25, select="group_max", pattern="all_negative", dtypes=(FP32, BF16)),
+    encode_topk(7, 16, 20000, 20, select="group_max", pattern="monotone", activation="none"),
 ]
