@@ -12,7 +12,8 @@ import fusae
 from fusae import _dispatch
 from fusae.testing import assert_equal, targets
 
-TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd", "adam_rows_")
+TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd", "adam_rows_",
+                  "decode_loss_fwd", "decode_loss_bwd", "codes_from_dense_fwd", "codes_from_dense_bwd")  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 N, D, M, K = 301, 33, 3001, 19
 
@@ -51,6 +52,18 @@ def _run(seed: int = 0) -> dict[str, torch.Tensor]:
         out.update(zip(names, torch.autograd.grad(y, (v, W_dec, b_dec), grad, retain_graph=True), strict=True))
         sparse = torch.autograd.grad(fusae.decode(c, W_dec, sparse_grad=True), W_dec, grad)[0]
         out[f"sparse grad {form}"] = sparse.to_dense()
+
+        goal, nested = torch.randn(N, D, generator=gen), [M // 5, M // 3, M]
+        loss, *rest = fusae.decode_loss(c, W_dec, b_dec, goal.requires_grad_(), nested, [1.0, 0.5, 2.0])
+        out[f"loss {form}"], out[f"sse {form}"], out[f"residual {form}"] = loss.detach(), *rest
+        names = (f"loss grad {name} {form}" for name in ("values", "W_dec", "b_dec", "target"))
+        out.update(zip(names, torch.autograd.grad(loss, (v, W_dec, b_dec, goal)), strict=True))
+
+    f = torch.randn(N, M, generator=gen).relu().requires_grad_()
+    c = fusae.codes_from_dense(f)
+    c.values.backward(torch.randn(len(c.values), generator=gen))
+    out["codes values"], out["codes indices"], out["codes offsets"] = c.values.detach(), c.indices, c.offsets
+    out["grad f"] = f.grad
 
     state = [torch.rand(M, D, generator=gen) for _ in range(3)]
     options = {"lr": 0.1, "step": 3, "project": True, "renormalise": True}

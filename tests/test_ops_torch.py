@@ -32,7 +32,8 @@ def _raw_calls(target: Target):
     try:
         wanted = ("topk-n37-m96", "encode_topk-n36", "encode_topk-n37-d64-m5000-k16-aux_all",
                   "decode-n36", "decode-n5-d7-m63-k1-normal-ragged", "adam_rows_-m300-d96-masked",
-                  "adam_rows_-m1-")  # fmt: skip
+                  "decode_loss-n36", "decode_loss-n5-d7-m63-k1-normal-ragged", "codes_from_dense-n5-",
+                  "codes_from_dense-n37-m96-normal-density0.1-capacity", "adam_rows_-m1-")  # fmt: skip
         for case in CASES:
             if not str(case).startswith(wanted):
                 continue
@@ -41,13 +42,14 @@ def _raw_calls(target: Target):
                 inputs["x"].requires_grad_(), inputs["W_enc"].requires_grad_()
             if "W_dec" in inputs:
                 inputs["codes"].values.requires_grad_(), inputs["W_dec"].requires_grad_()
-            if "pre" in inputs:
-                inputs["pre"].requires_grad_()
+            for name in ("pre", "f"):
+                if name in inputs:
+                    inputs[name].requires_grad_()
             with target.active():
-                for extra in ({}, {"sparse_grad": True}) if case.op in ("encode_topk", "decode") else ({},):
+                for extra in ({}, {"sparse_grad": True}) if "W_enc" in inputs or "W_dec" in inputs else ({},):
                     out = case.call({**inputs, **extra})
                     for o in out if isinstance(out, tuple) else (out,):
-                        if o is not None:
+                        if o is not None and (isinstance(o, fusae.SparseCodes) or o.requires_grad):
                             (o.values if isinstance(o, fusae.SparseCodes) else o).sum().backward(retain_graph=True)
     finally:
         _dispatch.select = original
