@@ -15,6 +15,7 @@ import torch
 
 from fusae import cli
 from fusae.nn import SparseCoder
+from fusae.pipeline import DataConfig, Settings, load_coder
 from fusae.train import TrainConfig, Trainer
 
 SMALL = ["--m", "40", "--k", "3", "--batch-size", "32", "--log-every", "5", "--quiet"]
@@ -49,10 +50,12 @@ def test_help_explains_every_field(capsys, monkeypatch):
     status, out, _ = run(capsys, "train", "--help")
     said = " ".join(out.replace("│", " ").split())
     assert status == 0
-    for field in dataclasses.fields(TrainConfig):
-        assert f"--{field.name.replace('_', '-')}" in said
-        assert field.metadata["help"].split(";")[0][:40] in said, field.name
-    assert "tokens per step; default: 4096" in said
+    for config in (TrainConfig, DataConfig):
+        for field in dataclasses.fields(config):
+            assert f"--{field.name.replace('_', '-')}" in said
+            assert field.metadata["help"].split(";")[0][:40] in said, field.name
+    assert "tokens per step; default: 4096" in said and "tokens of a chunk of text; default: 128" in said
+    assert said.index("─ Training ") < said.index("─ From text to rows ")
 
 
 def test_train_and_report(capsys, tmp_path, rows):
@@ -65,6 +68,66 @@ def test_train_and_report(capsys, tmp_path, rows):
     assert status == 0 and said.strip() == str(out / "report.html") and (out / "report.html").stat().st_size > 10_000
 
 
+def test_rows_that_are_measured_on(capsys, tmp_path, rows, monkeypatch):
+    """--eval-data with --data; --resume and `fusae eval` know it; `fusae eval --data` takes others."""
+    monkeypatch.setenv("COLUMNS", "120")
+    held, out = tmp_path / "held.npy", tmp_path / "run"
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(1))
+    np.save(held, x.numpy())
+    assert run(capsys, "train", "--data", rows, "--eval-data", str(held), "--out", str(out), *SMALL)[0] == 0
+    evaluation = json.loads((out / "eval.json").read_text())
+    coder = SparseCoder.load(out / "coder")
+    with torch.no_grad():
+        error = (coder(x) - x).square().sum() / (x - x.mean(0)).square().sum()
+    assert evaluation["tokens"] == 100 and evaluation["fvu"] == pytest.approx(float(error), rel=1e-5)
+    (out / "eval.json").unlink()
+    status, said, _ = run(capsys, "eval", str(out), "--quiet")
+    assert status == 0 and json.loads((out / "eval.json").read_text()) == evaluation
+    assert f"{evaluation['fvu']:.4f}" in said
+    other = tmp_path / "other.json"
+    status, said, _ = run(capsys, "eval", str(out), "--data", rows, "--out", str(other), "--quiet")
+    assert status == 0 and json.loads(other.read_text())["tokens"] == 640
+    assert "not measured: it was measured on rows" in said
+    if pytest.importorskip("jinja2") and pytest.importorskip("matplotlib"):
+        run(capsys, "report", str(out))
+        assert "No language-model loss:" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_an_unfinished_run_is_measured_at_its_checkpoint(capsys, tmp_path, rows):
+    out = tmp_path / "run"
+    config = TrainConfig(m=40, k=3, batch_size=32, ema=0.9, centre_input=True)
+    trainer = Trainer(config, rows, out, show=False)
+    trainer.run(until=12)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    coder, step = load_coder(out)
+    assert step == 12
+    assert all(torch.equal(a, b) for a, b in zip(coder.parameters(), trainer.export().parameters(), strict=True))
+    status, said, _ = run(capsys, "eval", str(out), "--data", rows, "--quiet", "--out", str(tmp_path / "eval.json"))
+    assert status == 0 and "not finished: after step 12" in said.replace("\n", " ")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere"], "nowhere holds neither coder/coder.json nor checkpoint.safetensors"),
+        (["RUN"], "was trained on rows; give --data with rows to measure on, or --model, --module and --text"),
+        (["RUN", "--data", "nowhere.npy"], "error: data: nowhere.npy is not there"),
+        (["RUN", "--data", "WIDE"], "error: rows must have width 8, as the coder was trained on, got 9"),
+        (["RUN", "--data", "ROWS", "--tokens", "5"], "not both"),
+        (["RUN", "--device", "abacus"], "error: device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got 'abacus'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_eval_errors_are_one_line(capsys, tmp_path, rows, arguments, message):
+    Trainer(TrainConfig(m=40, k=3, batch_size=32), rows, tmp_path / "run", show=False).run()
+    np.save(tmp_path / "wide.npy", np.ones((4, 9), dtype=np.float32))
+    swap = {"ROWS": rows, "RUN": str(tmp_path / "run"), "WIDE": str(tmp_path / "wide.npy")}
+    status, _, said = run(capsys, "eval", *[swap.get(a, a) for a in arguments], "--quiet")
+    assert status == 1 and message in said and said.count("\n") == 1
+    assert not (tmp_path / "run" / "eval.json").exists()
+
+
 def test_options_win_over_the_file(capsys, tmp_path, rows):
     file = tmp_path / "run.toml"
     file.write_text(
@@ -73,14 +136,20 @@ def test_options_win_over_the_file(capsys, tmp_path, rows):
     assert run(capsys, "train", str(file), "--k", "2", "--no-scale-input", "--quiet")[0] == 0
     about = json.loads((tmp_path / "run" / "config.json").read_text())
     assert about["train"]["k"] == 2 and about["train"]["m"] == 40 and about["train"]["scale_input"] is False
-    assert about["input_scale"] == 1.0
+    assert about["input_scales"] == [1.0]
 
 
 def test_printed_configuration_is_one(capsys, tmp_path):
     status, said, _ = run(capsys, "config", "--m", "512")
     assert status == 0
     (tmp_path / "run.toml").write_text(said)
-    assert TrainConfig.read(tmp_path / "run.toml") == TrainConfig(m=512)
+    settings = Settings.read(tmp_path / "run.toml")
+    assert TrainConfig.from_dict(settings.train) == TrainConfig(m=512) and settings.out == "runs/first"
+    data = DataConfig.from_dict(settings.data)
+    assert data == DataConfig(model=data.model, module="model.layers.11", text="documents.jsonl")
+    for config in (TrainConfig, DataConfig):
+        for field in dataclasses.fields(config):
+            assert f"# {field.metadata['help']}\n" in said
 
 
 def test_resume_needs_only_the_run(capsys, tmp_path, rows):
@@ -166,13 +235,15 @@ def test_interrupted_command_says_how_to_go_on(tmp_path, rows):
         (["--resume", "OUT"], "config.json is not there: is"),
         (["nowhere.toml"], "error: nowhere.toml: no such configuration file"),
         (["--resume", "OUT", "--out", "elsewhere"], "name two runs; give --resume alone"),
+        (["--m", "40", "--data", "ROWS", "--out", "OUT", "--eval-data", "no.npy"], "eval_data: no.npy is not there"),
+        (["--m", "40", "--data", "ROWS", "--out", "OUT", "--ctx", "64"], "give rows (ROWS) or a text (ctx), not both"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_are_one_line(capsys, tmp_path, rows, arguments, message):
     swap = {"ROWS": rows, "OUT": str(tmp_path / "run")}
     status, _, said = run(capsys, "train", *[swap.get(a, a) for a in arguments])
-    assert status == 1 and message in said and said.count("\n") == 1
+    assert status == 1 and message.replace("ROWS", rows) in said and said.count("\n") == 1
 
 
 def test_traceback_on_request(tmp_path):

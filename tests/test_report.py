@@ -5,11 +5,8 @@ from __future__ import annotations
 
 import copy
 import html
-import json
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,65 +17,9 @@ pytest.importorskip("matplotlib", reason="the report needs fusae[report]")
 
 from fusae.eval.report import RunDirError, write_report  # noqa: E402
 from fusae.eval.report_numbers import big, duration, percent, sig, size  # noqa: E402
+from fusae.testing.sample_run import HOSTILE, K, M, contents, write_run  # noqa: E402
 
-M, K, D = 64, 4, 16
 CURVES = ("fvu", "loss", "l0", "dead", "lr", "throughput", "wait")
-# Data reads better as tables:
-# fmt: off
-HOSTILE = ['<script>document.title="owned"</script>', '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "</style>",
-           "&lt;", "\x00\x1b", "\ud83d", "\u202e", "' onmouseover='x"]
-
-
-def contents() -> dict:
-    """A complete run directory: file name → what it holds."""
-    metrics = [
-        {"step": 10 * i, "tokens": 40960 * i, "seconds": 2.5 * i, "loss": 0.3 + 1 / i, "fvu": 0.25 + 1 / i, "l0": 3.9,
-         "dead": max(0, 20 - i), "aux_loss": None if i < 5 else 0.02, "lr": 1e-3, "tokens_per_s": 16000.0 + i,
-         "k": K, "grad_norm": None, "wait": 0.01, "dropped": 0}
-        for i in range(1, 41)
-    ]
-    passages = [
-        {"tokens": ["The", " river", " rose", ".\n\n", "def", "\t", "f", "    ", "x"],
-         "values": [0, 7.25, 3.5, 0, 0, 0, 0, 1.0, 0], "peak": 1},
-        {"tokens": ["No", " lamp", " burned"], "values": [0.0, 0.5, 0.0], "peak": 1},
-    ]
-    features = [
-        {"latent": 3, "density": 0.012, "max_value": 7.25, "promoted": [" water", "bank"], "suppressed": [" the"],
-         "nearest": [{"latent": 41, "cosine": 0.512}, {"latent": 9, "cosine": 0.25}],
-         "histogram": {"width": 0.125, "counts": [0] * 20 + [9, 4, 1]}, "passages": passages},
-        {"latent": 41, "density": 0.0004, "max_value": 2.0, "passages": [
-            {"tokens": [*HOSTILE, " owl"], "values": [0.0] * len(HOSTILE) + [2.0], "peak": len(HOSTILE)}]},
-    ]
-    step = {"op": "train_step", "shape": {"n": 4096, "d": D, "m": M, "k": K}, "dtype": "float32"}
-    return {
-        "config.json": {"model": "tiny-lm", "module": "model.layers.1", "text": "a book",
-                        "coder": {"d": D, "m": M, "k": K}, "lr": 1e-3,
-                        "versions": {"fusae": "0.0.test", "torch": "2.13.0"}},
-        "metrics.jsonl": metrics,
-        "eval.json": {
-            "tokens": 20000, "fvu": 0.2468, "explained_variance": 0.7532, "l0": 3.97, "dead_latents": 2, "latents": M,
-            "cosine": 0.9, "density": [0.0, 0.0] + [10 ** (-1 - i / 30) for i in range(M - 2)],
-            "loss": {"original": 3.0, "patched": 3.3, "mean_ablated": 8.0, "loss_recovered": 0.94, "tokens": 9000},
-            "kl": {"patched": 0.31, "mean_ablated": 4.9, "kl_recovered": 0.9367}, "l2_ratio": 0.951,
-            "relative_bias": 0.987, "dropped": {"first_positions": 10, "norm_outliers": 3, "special": 0},
-            "source": {"model": "tiny-lm", "module": "model.layers.1", "text": "a book"},
-        },
-        "features.json": features,
-        "bench.json": {"rows": [
-            {**step, "name": "fusae", "p20_ms": 9.5, "p50_ms": 10.0, "p80_ms": 11.0, "peak_bytes": 3 * 2**20},
-            {**step, "name": "plain torch", "p20_ms": 51.0, "p50_ms": 52.5, "p80_ms": 55.0, "peak_bytes": None},
-            {**step, "op": "encode_topk", "name": "torch.mm", "p20_ms": 4.0, "p50_ms": 4.1, "p80_ms": 4.3},
-        ]},
-    }
-# fmt: on
-
-
-def write_run(path: Path, files: dict) -> Path:
-    path.mkdir(exist_ok=True)
-    for name, value in files.items():
-        text = "\n".join(map(json.dumps, value)) if name.endswith(".jsonl") else json.dumps(value)
-        (path / name).write_text(text, encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -358,103 +299,3 @@ def test_degenerate_runs_still_make_a_page(tmp_path):
 # fmt: on
 def test_numbers(function, value, text):
     assert function(value).replace("\u202f", " ") == text
-
-
-# ---- a real browser --------------------------------------------------------------------------------------------------
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def dump(tmp_path_factory):
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (apt-get install chromium)")
-    folder = tmp_path_factory.mktemp("chromium")
-
-    def load(file: Path, fragment: str = "") -> tuple[str, list[str]]:
-        """The page's DOM after its script ran, and what it said on the console (policy violations included)."""
-        command = [
-            CHROMIUM,
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--disable-quic",
-            "--no-first-run",
-            "--disable-background-networking",
-            "--disable-component-update",
-            "--disable-sync",
-            "--disable-dev-shm-usage",
-            f"--user-data-dir={folder / 'profile'}",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            file.resolve().as_uri() + fragment,
-        ]
-        done = subprocess.run(command, capture_output=True, timeout=60, encoding="utf-8", errors="replace")
-        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-    # Some packagings (snap) confine the browser to the home directory: nothing about the page could be learnt there.
-    probe = folder / "probe.html"
-    probe.write_text("<p>can open files")
-    if "<p>can open files" not in load(probe)[0]:
-        pytest.skip(f"{CHROMIUM} cannot open a page from {folder}")
-    return load
-
-
-class TestInChromium:
-    def visible(self, dom: str) -> list[str]:
-        found = [attrs for tag, attrs in Elements(dom).found if tag == "article"]
-        return [attrs["data-latent"] for attrs in found if "hidden" not in attrs]
-
-    def test_no_errors_and_hostile_tokens_do_nothing(self, dump, page):
-        dom, console = dump(page)
-        assert console == []
-        assert "<title>tiny-lm" in dom and dom.count("<script") == 1
-        assert self.visible(dom) == ["3", "41"] and ">2 latents</output>" in dom
-
-    def test_the_console_check_can_fail(self, dump, page, tmp_path):
-        broken = tmp_path / "broken.html"
-        broken.write_text(
-            page.read_text(encoding="utf-8").replace("</body>", "<script>1</script></body>"), encoding="utf-8"
-        )
-        _, console = dump(broken)
-        assert console and "Content Security Policy" in console[0]
-
-    @pytest.mark.parametrize(
-        ("query", "shown"),
-        [
-            ("RIVER%20rose", ["3"]),  # across tokens, any case
-            ("%20owl", ["41"]),
-            ("%3Cscript%3E", ["41"]),
-            ("water", ["3"]),
-            ("%2341", ["41"]),
-            ("nowhere", []),
-        ],
-    )
-    def test_search_from_the_address(self, dump, page, query, shown):
-        dom, console = dump(page, "#q=" + query)
-        assert console == []
-        assert self.visible(dom) == shown and f">{len(shown)} of 2 latents</output>" in dom
-        if query.startswith("RIVER"):
-            assert re.findall(r'class="t[^"]* hit"[^>]*>([^<]*)<', dom) == [" river", " rose"]
-            assert dom.count('class="passage dim"') == 2  # the other passage here, and latent 41's
-
-    def order(self, dom: str) -> list[str]:
-        return [attrs["data-latent"] for tag, attrs in Elements(dom).found if tag == "article"]
-
-    @pytest.mark.parametrize(
-        ("fragment", "order"),
-        [
-            ("#sort=density", ["7", "3", "41"]),
-            ("#q=river&sort=latent", ["3", "7", "41"]),
-        ],
-    )
-    def test_sorting(self, dump, tmp_path, fragment, order):
-        files = contents()
-        files["features.json"].append({"latent": 7, "density": 0.3, "max_value": 0.5, "passages": []})
-        dom, console = dump(write_report(write_run(tmp_path / "run", files)), fragment)
-        assert console == [] and self.order(dom) == order
-        assert self.visible(dom) == (order if "q=" not in fragment else ["3"])
-
-    def test_a_link_to_a_latent(self, dump, page):
-        dom, console = dump(page, "#latent-41")
-        assert console == [] and self.visible(dom) == ["3", "41"]

@@ -65,14 +65,14 @@ def train(
         out = resume
         if not (resume / SETTINGS).exists():
             return _train_rows(settings.train, rows or _path_in(resume, "data"), eval_rows, out, True, False, quiet)
-    if out is None:
-        raise ValueError("--out must be given, as an option or in the configuration file")
     if rows is not None and settings.data:
         raise ValueError(f"data: give rows ({rows}) or a text ({', '.join(settings.data)}), not both")
     if rows is None and not settings.data and resume is None:
         raise ValueError(
             "--data must be given, as an option or in the configuration file; or --model, --module and --text"
         )
+    if out is None:
+        raise ValueError("--out must be given, as an option or in the configuration file")
     try:
         chosen: Any = settings.train if resume else TrainConfig.from_dict(settings.train)
         wanted: Any = settings.data if resume else DataConfig.from_dict(settings.data)
