@@ -92,9 +92,15 @@ def variance_of(target: Tensor, given: Tensor | float | None) -> Tensor | float:
         if not isinstance(given, Tensor):
             _fields.number("variance", given, above=True)
         return given
-    target = target.to(_checks.accumulator(target.dtype))
-    variance = total((target - target.mean(0)).square()) / target.shape[0]
-    return torch.where(variance > 0, variance, 1.0)
+    spread, apart = _spread(target.to(_checks.accumulator(target.dtype)))
+    return torch.where(apart, spread / target.shape[0], 1.0)
+
+
+def _spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``Σ ||x - mean x||²`` of the rows of `x` ``[n, d]``, and whether it is more than the rounding of their mean."""
+    mean = x.mean(0)
+    spread = total((x - mean).square())
+    return spread, spread > (16 * torch.finfo(x.dtype).eps) ** 2 * len(x) * mean.detach().square().sum()
 
 
 def aux_loss(error: Tensor, reconstruction: Tensor, dead: Tensor) -> Tensor:
@@ -109,8 +115,8 @@ def aux_loss(error: Tensor, reconstruction: Tensor, dead: Tensor) -> Tensor:
         ``Σ ||e - ê||² / Σ ||e - mean e||²`` with ``e = -error``; 0 where nothing is dead or all residuals are alike.
     """
     residual = -error
-    spread = total((residual - residual.mean(0)).square())
-    used = (spread > 0) & dead.any()
+    spread, apart = _spread(residual)
+    used = apart & dead.any()
     # Divided by 1 where unused: a division by 0 would put NaN into the gradients even behind a `where`.
     aux = total((reconstruction.to(error.dtype) - residual).square()) / torch.where(used, spread, 1.0)
     return torch.where(used, aux, 0.0)
