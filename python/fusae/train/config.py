@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _fields
-from .forms import ARCHITECTURES, FORMS, PENALTIES, check_form, widths_of
+from .forms import ARCHITECTURES, FORMS, PENALTIES, UNBOUNDED, check_form, form_defaults, widths_of
 from .presets import fields_of
 
 
@@ -75,20 +75,27 @@ class TrainConfig:
     penalty: str = _field(
         "l0", f"sparsity term of form jumprelu: {', '.join(map(repr, PENALTIES))}; the squared ones aim at an L0 of k"
     )
-    bandwidth: float = _field(
-        0.001, "width of the window in which form jumprelu trains a threshold (scaled activations)"
+    bandwidth: float | None = _field(
+        None,
+        "form jumprelu: width of the window that trains a threshold, scaled activations; default: 0.001, or 2 / sqrt(d)"
+        " with penalty 'tanh'",
     )
     straight_through: bool = _field(False, "form jumprelu: the window's gradient reaches the encoder as well")
-    threshold_init: float = _field(0.001, "initial threshold of form jumprelu (scaled activations)")
-    preact_coefficient: float = _field(
-        0.0, "weight of form jumprelu's term that revives dead latents; 3e-6 with 'tanh'"
+    threshold_init: float | None = _field(
+        None,
+        "form jumprelu: initial threshold, scaled activations; default: 0.001, or 0.1 / sqrt(d) with penalty 'tanh'",
+    )
+    preact_coefficient: float | None = _field(
+        None,
+        "form jumprelu: weight of the term that revives dead latents; default: 0, or 3e-6 / sqrt(d) with 'tanh'",
     )
     threshold_decay: float = _field(
         0.999, "decay rate of the running mean that gives forms batch_topk and matryoshka their threshold in use"
     )
     prefixes: str | None = _field(
         None,
-        "widths of the nested dictionaries of form matryoshka, as '512,2048'; default: 1/16, 1/8, 1/4, 1/2 of m, m",
+        "widths of the nested dictionaries of form matryoshka, as '512,2048'; default: 1/32, 3/32, 7/32 and 15/32 of m,"
+        " and m",
     )
     dead_window: int | None = _field(
         None, "tokens without firing after which a latent is dead; default: 1/40 of all tokens, at most 10,000,000"
@@ -141,11 +148,12 @@ class TrainConfig:
             _fields.whole("warmup_steps", self.warmup_steps)
         if self.k_aux is not None:
             _fields.whole("k_aux", self.k_aux, 0, self.m, "m")
-        for name in ("lr", "clip_norm", "sparsity", "bandwidth"):
+        for name in ("lr", "clip_norm", "bandwidth"):
             if getattr(self, name) is not None:
                 _fields.number(name, getattr(self, name), above=True)
-        for name in ("eps", "aux_coefficient", "multi_topk", "threshold_init", "preact_coefficient"):
-            _fields.number(name, getattr(self, name))
+        for name in ("eps", "aux_coefficient", "multi_topk", "sparsity", "threshold_init", "preact_coefficient"):
+            if getattr(self, name) is not None:
+                _fields.number(name, getattr(self, name))
         for name in ("beta1", "beta2", "ema", "threshold_decay"):
             _fields.number(name, getattr(self, name), 0.0, 1.0)
         for name in ("decay", "sparsity_warmup"):
@@ -210,9 +218,10 @@ class TrainConfig:
             "tokens": tokens,
             "lr": 2e-4 / math.sqrt(self.m / 2**14),
             "warmup_steps": min(1000, steps // 20),
-            "k_aux": 0 if FORMS[self.form].select == "threshold" else min(max(1, out // 2), self.m),
+            "k_aux": 0 if FORMS[self.form].select in UNBOUNDED else min(max(1, out // 2), self.m),
             "dead_window": min(10_000_000, max(1, tokens // 40)),
         }
+        default |= form_defaults(self, out)
         if self.k_start is not None:
             default["k_anneal_steps"] = steps // 10
             if (self.k_anneal_steps or 0) >= steps:

@@ -14,8 +14,12 @@ ARCHITECTURES = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
 PENALTIES = ("l0", "l0_squared", "l0_mean_squared", "tanh")
 
 
+# Of SAEBench: shares of m that the nested dictionaries of form matryoshka have by default.
+_PREFIXES = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)
+
+
 class Form(NamedTuple):
-    """A way to choose latents and the fields that are of use with it."""
+    """How a coder selects, and the fields that only some forms use."""
 
     select: str
     activation: str = "relu"
@@ -29,12 +33,19 @@ FORMS = {
     "hierarchical": Form("topk"),
     "batch_topk": Form("batch_topk"),
     "matryoshka": Form("batch_topk", uses=("prefixes",)),
-    "relu": Form("threshold", uses=("sparsity",)),
-    "jumprelu": Form("threshold", uses=("sparsity", "straight_through", "preact_coefficient")),
-    "gated": Form("threshold", uses=("sparsity",)),
+    "relu": Form("relu", uses=("sparsity",)),
+    "jumprelu": Form(
+        "threshold",
+        uses=("sparsity", "straight_through", "preact_coefficient", "bandwidth", "threshold_init"),
+    ),
+    "gated": Form("relu", uses=("sparsity",)),
 }
+UNBOUNDED = ("relu", "threshold")
 # Fields that do nothing except with some forms, and the value that means "not given".
-_SPECIAL = {"multi_topk": 0.0, "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": 0.0}
+_SPECIAL = {
+    "multi_topk": 0.0, "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": None,
+    "bandwidth": None, "threshold_init": None,
+}  # fmt: skip
 
 
 def check_form(config: TrainConfig) -> None:
@@ -45,7 +56,7 @@ def check_form(config: TrainConfig) -> None:
         if value != unset and name not in form.uses:
             users = ", ".join(other for other, what in FORMS.items() if name in what.uses)
             raise ValueError(f"{name} is {value!r}, which form {config.form!r} does not use; it is for: {users}")
-    if form.select == "threshold":
+    if form.select in UNBOUNDED:
         for name in ("k_aux", "k_start"):
             if getattr(config, name):
                 raise ValueError(f"{name} must not be given with form {config.form!r}, got {getattr(config, name)}")
@@ -74,7 +85,7 @@ def prefixes_of(config: TrainConfig) -> tuple[int, ...]:
     """Widths of the nested dictionaries, the last one m."""
     widths = widths_of("prefixes", config.prefixes)
     if widths is None:
-        widths = tuple(sorted({max(1, config.m // part) for part in (16, 8, 4, 2, 1)}))
+        widths = tuple(sorted({max(1, round(config.m * share)) for share in _PREFIXES}))
     if list(widths) != sorted(set(widths)) or widths[-1] > config.m:
         raise ValueError(f"prefixes must rise to at most m = {config.m}, got {config.prefixes!r}")
     return widths if widths[-1] == config.m else (*widths, config.m)
@@ -102,4 +113,42 @@ def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig
 
 def objective(config: TrainConfig, m: int | None = None) -> objectives.Objective:
     """The training loss of a resolved configuration (of a coder with `m` latents)."""
-    return objectives.TopK(config.aux_coefficient)
+    aux = config.aux_coefficient
+    if config.form == "batch_topk":
+        return objectives.BatchTopK(aux, config.threshold_decay)
+    if config.form == "matryoshka":
+        m = m or config.m
+        prefixes = (*(width for width in prefixes_of(config) if width < m), m)
+        return objectives.Matryoshka(prefixes, None, aux, config.threshold_decay)
+    if config.form == "hierarchical":
+        return objectives.HierarchicalTopK(None, aux)
+    if config.form == "relu":
+        return objectives.ReLU(config.sparsity, by_norm=not config.unit_decoder)
+    if config.form == "gated":
+        return objectives.Gated(config.sparsity)
+    if config.form == "jumprelu":
+        return objectives.JumpReLU(
+            config.penalty, config.sparsity, config.bandwidth, config.straight_through,
+            preact_coefficient=config.preact_coefficient,
+        )  # fmt: skip
+    return objectives.TopK(aux, config.multi_topk)
+
+
+def form_defaults(config: TrainConfig, out: int) -> dict[str, float]:
+    """Fields of the form that are left to the data, whose outputs have the width `out` and unit mean squared norm."""
+    if config.form == "relu":
+        return {"sparsity": objectives.ReLU.sparsity}
+    if config.form == "gated":
+        return {"sparsity": objectives.Gated.sparsity}
+    if config.form != "jumprelu":
+        return {}
+    if config.penalty != "tanh":
+        recipe, threshold = objectives.JumpReLU(config.penalty), 1e-3
+        sparsity = 1.0 if config.penalty == "l0_mean_squared" else 1e-3
+    else:
+        recipe, threshold = objectives.JumpReLU.anthropic(out), 0.1 / out**0.5
+        sparsity = recipe.sparsity
+    return {
+        "sparsity": sparsity, "bandwidth": recipe.bandwidth, "threshold_init": threshold,
+        "preact_coefficient": recipe.preact_coefficient,
+    }  # fmt: skip

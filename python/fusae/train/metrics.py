@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ _SUMS = ("loss", "sse", "total", "active", "aux", "aux_steps", "grad_norm")
 class Interval:
     """Sums over the steps since the last row of metrics. `add` never reads from the device, `row` does once.
 
+    Args:
+        terms: names of further terms of the loss (``CoderLoss.terms``) whose means become a part of the rows.
+
     Attributes:
-        sums: float64 ``[7]``, on the device.
+        sums: float64 ``[7 + terms]``, on the device.
         counts: plain numbers: ``steps``, ``tokens``, ``seconds``, and ``waited``, the part of these spent on waiting
             for data.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, terms: Sequence[str] = ()) -> None:
+        self.terms = tuple(terms)
+        self.sums = torch.zeros(len(_SUMS) + len(self.terms), dtype=torch.float64, device=device)
         self.counts = _nothing()
 
     @torch.no_grad()
@@ -42,6 +47,7 @@ class Interval:
             none if result.aux is None else result.aux,
             none if dead is None else dead.any(),
             none if grad_norm is None else grad_norm,
+            *(result.terms.get(name, none) for name in self.terms),
         ]
         self.sums += torch.stack([v.to(self.sums.device, self.sums.dtype) for v in values])
         self.counts["steps"] += 1
@@ -57,7 +63,7 @@ class Interval:
         ``fvu`` is ``Σ ||x - x̂||² / Σ ||x - mean||²`` of training batches before their step.
         """
         *sums, dead = torch.cat([self.sums, dead.to(self.sums.dtype)[None]]).tolist()
-        sum_of = dict(zip(_SUMS, sums, strict=True))
+        sum_of = dict(zip((*_SUMS, *self.terms), sums, strict=True))
         now, self.counts = self.counts, _nothing()
         self.sums.zero_()
         seconds = max(now["seconds"], 1e-9)
@@ -67,6 +73,7 @@ class Interval:
             "l0": sum_of["active"] / now["tokens"],
             "dead": int(dead),
             "aux_loss": sum_of["aux"] / sum_of["aux_steps"] if sum_of["aux_steps"] else None,
+            **{name: sum_of[name] / now["steps"] for name in self.terms},
             "grad_norm": sum_of["grad_norm"] / now["steps"] if clipped else None,
             "tokens_per_s": round(now["tokens"] / seconds, 1),
             "wait": round(now["waited"] / seconds, 4),

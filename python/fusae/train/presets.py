@@ -65,9 +65,8 @@ PRESETS = {
         "a trained threshold for each latent, tanh penalty, straight through to all parameters",
         "Anthropic, Circuits Updates, January 2025",
         {
-            "form": "jumprelu", "penalty": "tanh", "bandwidth": 2.0, "threshold_init": 0.1, "straight_through": True,
-            "sparsity": 10.0, "sparsity_warmup": 1.0, "preact_coefficient": 3e-6, "lr": 2e-4, "decay": 0.2,
-            "clip_norm": 1.0, "unit_decoder": False,
+            "form": "jumprelu", "penalty": "tanh", "straight_through": True, "sparsity_warmup": 1.0, "lr": 2e-4,
+            "decay": 0.2, "clip_norm": 1.0, "unit_decoder": False,
         },
     ),
     "gated": Preset(
@@ -79,7 +78,7 @@ PRESETS = {
         "ReLU with an L1 penalty weighted by decoder norms",
         "Anthropic, Circuits Updates, April 2024",
         {
-            "form": "relu", "sparsity": 5.0, "sparsity_warmup": 0.05, "lr": 5e-5, "decay": 0.2, "clip_norm": 1.0,
+            "form": "relu", "sparsity_warmup": 0.05, "lr": 5e-5, "decay": 0.2, "clip_norm": 1.0,
             "unit_decoder": False,
         },
     ),

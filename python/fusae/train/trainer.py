@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from ..formats.native import FormatError
 from ..nn import CoderLoss, DeadLatents, Moment, SparseCoder
-from ..nn.init import unit_rows_
+from ..nn.init import init_thresholds_, unit_rows_
+from ..nn.objectives.nested import nested_terms
 from ..optim import Adam
 from . import checkpoint
 from .average import WeightAverage
 from .config import TrainConfig
 from .feed import Feed
-from .forms import coder_config, objective
+from .forms import coder_config, objective, prefixes_of
 from .interrupt import interruptible
 from .measure import Scaling, measure
 from .metrics import Interval, MetricsLog, check_tensorboard
@@ -61,7 +62,7 @@ class Trainer:
     latents; null without any), ``grad_norm`` (mean, before clipping; null without), ``lr``, ``k``, ``tokens_per_s``,
     ``wait`` (share of the time spent waiting for data), ``dropped`` (rows left out so far as not finite). Its ``fvu``
     is ``Σ ||x - x̂||² / Σ ||x - mean||²`` of training batches before their step, with the `mean` of the data's first
-    `init_rows` rows; that of `fusae.eval` is exact.
+    `init_rows` rows; that of `fusae.eval` is exact. Forms with further terms in their loss add the mean of each.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: bad data or configuration, before any work.
@@ -94,13 +95,13 @@ class Trainer:
         self.device = _device(config.device)
         if config.tensorboard:
             check_tensorboard()
-        _try_ops(config, self.device)
+        terms = _try_ops(config, self.device)
         self.feed = Feed(
             batches, config.batch_size, d, nonfinite=config.nonfinite, ahead=config.prefetch,
             pin=self.device.type == "cuda",
         )  # fmt: skip
         self.step, self.seconds = 0, 0.0
-        self.interval = Interval(self.device)
+        self.interval = Interval(self.device, terms)
         self.objective = objective(config)
         new = found is None
         seed = config.seed if new else None
@@ -111,6 +112,8 @@ class Trainer:
         if new:
             rows = min(config.init_rows, self.source.shape[0] or config.init_rows, config.tokens)
             self.scaling = measure(config, self.feed.peek(rows), self.coder)
+            if config.form == "jumprelu":
+                init_thresholds_(self.coder, config.threshold_init)
         else:
             self._resume(found)
         if self.run_dir is not None:
@@ -154,6 +157,7 @@ class Trainer:
         norm = None if config.clip_norm is None else self.optimizer.clip_grad_norm_(config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        coder.clamp_()
         if self.average is not None:
             self.average.update(coder)
         self.dead.update(result.codes)
@@ -165,9 +169,11 @@ class Trainer:
     def _dead(self) -> tuple[Tensor | None, int]:
         """Mask of the dead latents and how many of them AuxK takes; (None, 0) where nothing is dead."""
         k_aux = self.config.k_aux
-        if k_aux == 0 or self.tokens < self.config.dead_window:
-            return None, 0  # nothing can be dead yet
+        if not (k_aux or self.config.preact_coefficient) or self.tokens < self.config.dead_window:
+            return None, 0  # nothing can be dead yet, or nothing is done about it
         mask = self.dead.mask()
+        if k_aux == 0:
+            return mask, 0
         # Counted only where reading costs nothing. Too wide a selection, or one from an empty mask, only wastes work.
         if mask.device.type == "cpu":
             k_aux = min(k_aux, int(mask.sum()))
@@ -296,7 +302,7 @@ class Trainer:
     def _check_finite(self) -> None:
         for name, tensor in checkpoint.tensors(self).items():
             # In parts: bounds the scratch memory beside a large matrix.
-            if not torch.stack([torch.isfinite(part).all() for part in tensor.split(4096)]).all():
+            if not torch.stack([torch.isfinite(part).all() for part in tensor.reshape(-1).split(1 << 22)]).all():
                 path = None if self.run_dir is None else self.run_dir / checkpoint.NAME
                 kept = f"; {path} is of an earlier step" if path is not None and path.exists() else ""
                 raise FloatingPointError(
@@ -314,7 +320,11 @@ class Trainer:
         """
         coder = copy.copy(self.coder)
         coder._parameters = dict(self.coder._parameters)
-        weights = {name: getattr(self.coder, name).detach().clone() for name in ("b_enc", "b_dec")}
+        coder._buffers = {name: value.clone() for name, value in self.coder._buffers.items()}
+        # Folding the scale of an autoencoder's rows leaves its matrices as they are.
+        shared = ("W_enc", "W_dec") if len(self.scaling.widths) == 1 else ()
+        own = ((name, p) for name, p in self.coder.named_parameters() if name not in shared)
+        weights = {name: p.detach().clone() for name, p in own}
         if self.average is not None and self.average.steps:
             weights = self.average.weights()
             if self.config.unit_decoder:
@@ -322,6 +332,7 @@ class Trainer:
         for name, value in weights.items():
             coder._parameters[name] = nn.Parameter(value)
         coder.sparse_grad = False
+        coder.eval()
         return self.scaling.fold_into(coder)
 
 
@@ -342,16 +353,22 @@ def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractC
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-def _try_ops(config: TrainConfig, device: torch.device) -> None:
-    """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here."""
+def _try_ops(config: TrainConfig, device: torch.device) -> list[str]:
+    """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here.
+
+    Returns the names of the further terms of the loss."""
     shape = coder_config(config, max(config.k, config.k_aux))
     coder = SparseCoder(shape, device=device, sparse_grad=True)
-    dead = torch.ones(shape.m, dtype=torch.bool, device=device) if shape.k_aux else None
+    asks = shape.k_aux or config.preact_coefficient
+    dead = torch.ones(shape.m, dtype=torch.bool, device=device) if asks else None
     x, target = (torch.ones(2, w, dtype=shape.torch_dtype, device=device) for w in (shape.d, shape.output_width))
     with _autocast(config, device):
-        loss = objective(config, shape.m)(coder, x, target, Moment(dead, variance=1.0)).loss
-    loss.backward()
+        result = objective(config, shape.m)(coder, x, target, Moment(dead, variance=1.0))
+    result.loss.backward()
     _optimizer(coder, config).step()
+    if config.form == "matryoshka":  # named by its prefixes, which were cut to the few latents here
+        return list(nested_terms(prefixes_of(config), torch.zeros(len(prefixes_of(config)))))
+    return list(result.terms)
 
 
 def _optimizer(coder: SparseCoder, config: TrainConfig) -> Adam:
