@@ -266,6 +266,7 @@ def begun(folder, stem):
         (lambda p: (p / "scales-00000.npy").unlink(), "scales-00000.npy is missing"),
         (lambda p: edit(p, lambda m: m["cursor"].pop("loss")), "activations.json is damaged .its cursor: 'loss'"),
         (lambda p: edit(p, lambda m: m["cursor"].update(batches="x")), "activations.json is damaged .its cursor"),
+        (lambda p: edit(p, lambda m: m["cursor"].update(batches=99)), "batch 99 of 40 cannot be after 44 chunks"),
         (lambda p: edit(p, lambda m: m.update(rows=m["rows"] + 500)), "is missing; put back"),
         (lambda p: edit(p, lambda m: m["cursor"].update(batch_size=5)), "batch_size: .* begun with batches of 5 .* 4;"),
     ],

@@ -94,10 +94,11 @@ def collect(
         "dtype": dtype,
     }
     path = Path(path)
-    with Writer(path, inputs, source, batch_size, overwrite) as writer:
+    order = chunks.batches(batch_size)
+    with Writer(path, inputs, source, batch_size, order, overwrite) as writer:
         if not writer.complete:
             with hooks.evaluating(model):
-                _run(model, sites, chunks, writer, rows, batch_size, shard_rows, progress)
+                _run(model, sites, chunks, order[writer.batches :], writer, rows, shard_rows, progress)
         acts = Activations(path, verify=False)  # opening looked at the sums, or they were taken a moment ago
     if nonfinite == "stop" and (lost := acts.dropped["nonfinite"]):
         raise ValueError(
@@ -125,18 +126,17 @@ def _run(
     model: nn.Module,
     sites: hooks.Sites,
     chunks: TokenChunks,
+    order: list[np.ndarray],
     writer: Writer,
     rows: RowFilter,
-    batch_size: int,
     shard_rows: int | None,
     progress: bool,
 ) -> None:
-    device, batches = hooks.device_of(model), chunks.batches(batch_size)
+    device = hooks.device_of(model)
     saved = time.monotonic()
     with token_progress(progress) as bar:
-        left = batches[writer.batches :]
-        task = bar.add_task("activations", total=sum(int(chunks.lengths[index].sum()) for index in left))
-        for index in left:
+        task = bar.add_task("activations", total=sum(int(chunks.lengths[index].sum()) for index in order))
+        for index in order:
             hidden = hooks.run_to(model, sites, *hooks.batch_of(chunks, index, device))
             if not writer.begun:
                 assert sites.widths is not None
@@ -150,4 +150,4 @@ def _run(
             if time.monotonic() - saved > _SAVE_EVERY_S:
                 writer.save()
                 saved = time.monotonic()
-        writer.finish(len(batches))
+        writer.finish()

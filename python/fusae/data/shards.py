@@ -154,7 +154,7 @@ class ShardWriter:
     Attributes:
         rows: appended so far.
         sha256: of each whole shard, by its name.
-        torn: an `append` or `finish` was cut short: the files are not what `sync` would say of them.
+        torn: an `append` was cut short, or `finish` begun: the files are not what `sync` would say of them.
     """
 
     def __init__(self, folder: Path, layout: Layout, shard_rows: int) -> None:
@@ -207,7 +207,6 @@ class ShardWriter:
                 file.flush()
             self._open[stem] = (file, _digest(Path(file.name)))
         self._end()
-        self.torn = False
         sync_folder(self.folder)
 
     def close(self) -> None:

@@ -36,6 +36,9 @@ class Writer:
     On opening, what a run that was killed wrote beyond the cursor is cut off. On leaving the cursor is saved, whatever
     the reason, unless the files could not be written. One process at a time: the folder is locked.
 
+    Args:
+        order: the chunks of each batch of `batch_size`, in the order in which they are to be appended.
+
     Attributes:
         complete: all is there; nothing is to be appended.
 
@@ -43,8 +46,16 @@ class Writer:
     changed then.
     """
 
-    def __init__(self, path: Path, inputs: dict[str, Any], source: str, batch_size: int, overwrite: bool) -> None:
-        self.path, self.inputs, self.source, self.batch_size = path, inputs, source, batch_size
+    def __init__(
+        self,
+        path: Path,
+        inputs: dict[str, Any],
+        source: str,
+        batch_size: int,
+        order: list[np.ndarray],
+        overwrite: bool,
+    ) -> None:
+        self.path, self.inputs, self.source, self.batch_size, self._order = path, inputs, source, batch_size, order
         self._at = _Cursor()
         self._sites: list[dict[str, Any]] = []
         self._shard_rows = 0
@@ -130,15 +141,15 @@ class Writer:
         assert self._shards is not None
         self._describe(self._shards.sync()["sha256"])
 
-    def finish(self, batches: int) -> None:
-        """Name the last shard, and say that all `batches` are there."""
+    def finish(self) -> None:
+        """Name the last shard, and say that all is there."""
         assert self._shards is not None
         if self._at.rows == 0:
             raise ValueError(
                 f"skip_positions and the other options leave no row at all (dropped: {self._dropped()}); check the "
                 "model and the chunks"
             )
-        assert self._at.batches == batches
+        assert self._at.batches == len(self._order)
         self.save()
         self._shards.finish()
         self.complete = True
@@ -202,6 +213,8 @@ class Writer:
                 dropped,
                 None if limits is None else tuple(limits),
             )
+            if at.chunks != sum(map(len, self._order[: at.batches])) or not 0 <= at.batches <= len(self._order):
+                raise ValueError(f"batch {at.batches} of {len(self._order)} cannot be after {at.chunks} chunks")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"path: {self.path / META} is damaged (its cursor: {error}); {AGAIN}") from error
         layout = layout_of(self.inputs["dtype"], widths)
