@@ -30,12 +30,9 @@ CONFIG = DemoConfig.quick(tokens=1_500, held_out=500, loss_tokens=250, m=128, k=
 @pytest.fixture(scope="module")
 def inputs():
     """As `load_inputs` is called: the demo's module of a tiny model of enough blocks."""
-    config = tiny_lm.llama().config
-    config.num_hidden_layers = 12
-    torch.manual_seed(0)
     made = Inputs(
-        transformers.LlamaForCausalLM(config).eval(), tiny_lm.tokenizer(), tiny_lm.documents(6, 1),
-        tiny_lm.documents(4, 2), "a tiny model", "made words", sha256={"nothing.txt": "0" * 64},
+        tiny_lm.llama(layers=12), tiny_lm.tokenizer(), tiny_lm.documents(6, 1), tiny_lm.documents(4, 2),
+        "a tiny model", "made words", sha256={"nothing.txt": "0" * 64},
     )  # fmt: skip
     return lambda: made
 

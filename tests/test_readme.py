@@ -6,10 +6,12 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from typer.testing import CliRunner
 
 from fusae.cli import app
+from fusae.testing import tiny_lm
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -29,8 +31,13 @@ def test_python_example():
 
 
 def test_commands(tmp_path, monkeypatch):
-    """The `fusae` lines, with a small dictionary in place of the large one."""
+    """The `fusae` lines, with a small dictionary in place of the large one and a small model under its name."""
+    pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
+    pytest.importorskip("jinja2", reason="the extra 'report' is not installed")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny_lm.save(tmp_path / "SmolLM2-135M", tiny_lm.llama(layers=12))
+    tiny_lm.write_text(tmp_path / "documents.jsonl")
     np.save("activations.npy", np.random.default_rng(0).standard_normal((512, 16), dtype=np.float32))
     lines = [line.split("#")[0] for block in blocks("bash") for line in block.splitlines() if line.startswith("fusae ")]
     assert len(lines) >= 2

@@ -210,9 +210,9 @@ def evaluate(
     from . import evaluate as stage
     from .coders import load_coder
     from .config import DataConfig
-    from .stages import _device
+    from .stages import device_of
 
-    where = _device(device)
+    where = device_of(device)
     given = {"text": text, "column": column, "model": model, "module": module or None}
     given |= {"held_out_tokens": tokens, "loss_tokens": loss_tokens}
     given = {name: value for name, value in given.items() if value is not None}

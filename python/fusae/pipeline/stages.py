@@ -84,7 +84,7 @@ class Pipeline:
         if inputs is None:
             self.data.require_text()
         self.load = inputs or (lambda: load_inputs(self.data, self.device))
-        self.device = _device(self.train.device)
+        self.device = device_of(self.train.device)
         self.console = Console(stderr=True, quiet=not show, highlight=False, soft_wrap=True)
         self.seconds: dict[str, float] = {}
         if not resume:
@@ -349,10 +349,13 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {name!r}, but torch sees no GPU here; use 'cpu' or 'auto'")
+    return device

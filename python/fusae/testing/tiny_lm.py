@@ -29,13 +29,13 @@ def tokenizer() -> Any:
     return made
 
 
-def llama() -> Any:
-    """Three blocks of width `D`, random weights large enough for the blocks to matter."""
+def llama(layers: int = 3) -> Any:
+    """Blocks of width `D`, random weights large enough for the blocks to matter."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=257, hidden_size=D, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=257, hidden_size=D, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.4,
     )  # fmt: skip
     return transformers.LlamaForCausalLM(config).eval()
