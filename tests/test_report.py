@@ -173,8 +173,11 @@ def test_the_same_run_gives_the_same_bytes(tmp_path, page):
 def test_a_missing_part_is_named(tmp_path, missing):
     files = {k: v for k, v in contents().items() if k not in missing}
     source = write_report(write_run(tmp_path / "run", files)).read_text(encoding="utf-8")
-    for name in ("eval.json", "features.json", "bench.json"):
+    for name in ("eval.json", "features.json"):
         assert (f"{name} is missing from this run directory" in source) == (name in missing)
+    # A run without a benchmark is a whole run.
+    assert ("Incomplete run" in source) == bool(missing - {"bench.json"}) and "bench.json" not in source
+    assert ("The measured training step" in source) == ("bench.json" not in missing)
     assert all(f'data-figure="{name}"' in source for name in CURVES)
     if "eval.json" in missing:
         assert "last training batches" in source and "not measured" in source

@@ -23,8 +23,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run as one HTML file that needs no network and opens from disk.
 
-    Reads config.json and metrics.jsonl, and eval.json, features.json and bench.json where they exist; the page names
-    the ones that do not. Losses are in nats per token, times in milliseconds, densities are shares of held-out tokens.
+    Reads config.json and metrics.jsonl, and eval.json, features.json and bench.json where they exist; the page says
+    where one of the first two is missing. Losses are in nats per token, times in milliseconds, densities are shares of
+    held-out tokens.
 
     Args:
         run_dir: the directory that training and evaluation wrote.
@@ -70,6 +71,7 @@ def render(run: RunData) -> str:
         script_hash=digest,
         css=(TEMPLATES / "report.css").read_text(encoding="utf-8"),
         missing=dict(run.missing),
+        measured=run.bench is not None,
         facts=_facts(run),
         tiles=_tiles(run),
         curves=_curves(run),
@@ -252,8 +254,8 @@ def _lm(run: RunData) -> dict[str, Any] | None:
         return None
     names = [
         ("original", "Original", "The language model as it is."),
-        ("patched", "Patched", "The module’s output replaced by the dictionary’s reconstruction of it."),
-        ("mean_ablated", "Mean-ablated", "The module’s output replaced by its mean over tokens."),
+        ("patched", "Patched", "The module’s activations replaced by the dictionary’s reconstruction of them."),
+        ("mean_ablated", "Mean-ablated", "The module’s activations replaced by their mean over tokens."),
     ]
     gap = loss["mean_ablated"] - loss["original"]
     rows = [

@@ -12,7 +12,6 @@ from typing import Any
 OPTIONAL_FILES = {
     "eval.json": "the held-out measures (FVU, L0, dead latents, densities, language-model loss)",
     "features.json": "the latents and their passages",
-    "bench.json": "the measured training step",
 }
 
 NUMBER, COUNT, TEXT = "a number", "a whole number >= 0", "a string"
@@ -104,8 +103,9 @@ class RunData:
 
     @property
     def missing(self) -> list[tuple[str, str]]:
-        """(file name, what it would have held) for each optional file that is not there."""
-        parts = (self.evaluation, self.features, self.bench)
+        """(file name, what it would have held) for each optional file that is not there. bench.json is none of them:
+        a run is complete without a benchmark."""
+        parts = (self.evaluation, self.features)
         return [item for item, part in zip(OPTIONAL_FILES.items(), parts, strict=True) if part is None]
 
 

@@ -50,7 +50,10 @@ class Inputs:
         Fewer where the text has fewer. Raises `ValueError` where it has none.
         """
         documents = getattr(self, part)
-        limit = None if wanted is None else -(-wanted // max(1, config.ctx - max(1, config.skip_positions)))
+        # Half as many again where some are short: seldom too few, and what is too much is cut off.
+        margin = 1.5 if config.tails else 1.0
+        full = max(1, config.ctx - max(1, config.skip_positions))
+        limit = None if wanted is None else int(margin * -(-wanted // full))
         while True:
             chunks = tokenize(
                 documents, self, config.ctx, config.separator or None, limit, tails=config.tails, progress=show
