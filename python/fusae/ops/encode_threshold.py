@@ -24,7 +24,7 @@ def _fwd_fake(x, W_enc, b_enc, threshold, norms, bandwidth, capacity, backend=No
 
 
 def _bwd_fake(
-    grad_values, grad_l0, indices, offsets, state, threshold, bandwidth, straight_through, need_threshold, backend=None
+    indices, offsets, state, grad_values, grad_l0, threshold, bandwidth, straight_through, need_threshold, backend=None
 ):
     grad_threshold = threshold.new_empty(threshold.shape[0] if need_threshold else 0)
     return threshold.new_empty(indices.shape), grad_threshold
@@ -36,7 +36,7 @@ _fwd = _dispatch.define(
     _fwd_fake,
 )
 _bwd = _dispatch.define(
-    "encode_threshold_bwd(Tensor? grad_values, Tensor? grad_l0, Tensor indices, Tensor offsets, Tensor state, "
+    "encode_threshold_bwd(Tensor indices, Tensor offsets, Tensor state, Tensor? grad_values, Tensor? grad_l0, "
     "Tensor threshold, float bandwidth, bool straight_through, bool need_threshold, *, str? backend=None) "
     "-> (Tensor, Tensor)",
     _bwd_fake,
@@ -68,7 +68,7 @@ class _EncodeThreshold(torch.autograd.Function):
         grad_pre, grad_threshold = grad_values, None
         if ctx.bandwidth:
             grad_pre, grad_threshold = _bwd(
-                grad_values, grad_l0, indices, offsets, state, threshold, ctx.bandwidth, ctx.straight_through,
+                indices, offsets, state, grad_values, grad_l0, threshold, ctx.bandwidth, ctx.straight_through,
                 need_threshold, backend=ctx.backend,
             )  # fmt: skip
         grad_x = rows = grad_W = grad_b = None

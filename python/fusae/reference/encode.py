@@ -115,11 +115,11 @@ def encode_threshold_fwd(
 
 
 def encode_threshold_bwd(
-    grad_values: Tensor | None,
-    grad_l0: Tensor | None,
     indices: Tensor,
     offsets: Tensor,
     state: Tensor,
+    grad_values: Tensor | None,
+    grad_l0: Tensor | None,
     threshold: Tensor,
     bandwidth: float,
     straight_through: bool,

@@ -46,11 +46,11 @@ def _storage(x: Tensor, used: int, size: int, window: bool = False) -> tuple[Ten
 
 
 def encode_threshold_bwd(
-    grad_values: Tensor | None,
-    grad_l0: Tensor | None,
     indices: Tensor,
     offsets: Tensor,
     state: Tensor,
+    grad_values: Tensor | None,
+    grad_l0: Tensor | None,
     threshold: Tensor,
     bandwidth: float,
     straight_through: bool,

@@ -90,7 +90,7 @@ def threshold_backward(case: Case, inputs: Inputs, target: Target, gen: torch.Ge
             if not case.exact and bool(near.any()):
                 raise ValueError(f"{case}: an entry lies on an edge of the window, no oracle knows its side; change it")
             coef, extra["threshold"] = reference.encode_threshold_bwd(
-                coef, grad_l0.to(acc), codes.indices, codes.offsets, state, limits, bandwidth, through, True
+                codes.indices, codes.offsets, state, coef, grad_l0.to(acc), limits, bandwidth, through, True
             )
         return {**encode_reference(coef, codes.indices, codes.offsets, x.to(dtype), W.to(dtype)), **extra, "coef": coef}
 
