@@ -180,6 +180,50 @@ def test_every_stage_goes_on(finished, data, tmp_path, no_figures, capsys, owner
     assert_same_run(finished, out)
 
 
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--ctx", "64"], "ctx is 64, the run to resume has 128; start a new run to change it"),
+        (["--module", "model.layers.0"], "module is 'model.layers.0', the run to resume has 'model.layers.1'"),
+        (["--k", "5"], "k is 5, the run to resume has 6; start a new run to change it"),
+        (["--data", "rows.npy"], "data is rows.npy, but the run in"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(data, tmp_path, capsys, arguments, message):
+    Pipeline(TRAIN, data, tmp_path / "run", show=False)  # claimed, and stopped before the first stage
+    status, _, err = run(capsys, "train", "--resume", tmp_path / "run", "--quiet", *arguments)
+    assert status == 1 and message in err and err.count("\n") == 1
+    with pytest.raises(FileExistsError, match=r"holds a run \(pipeline.json\); resume it, overwrite it, or take"):
+        Pipeline(TRAIN, data, tmp_path / "run", show=False)
+    (tmp_path / "run" / "pipeline.json").write_text('{"train": {"m": 8}}')
+    status, _, err = run(capsys, "train", "--resume", tmp_path / "run", "--quiet")
+    assert status == 1 and "pipeline.json is damaged" in err
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("module", "model.layers.9", "stage 'text' failed: ValueError: module: LlamaForCausalLM has no submodule"),
+        ("text", "EMPTY", "holds no text"),
+        ("text", "ONE", "none of its documents fell into the held-out part (held_out = 0.25 of them"),
+        ("column", "body", "column: line 1 of"),
+        ("train_tokens", 10**7, "train_tokens must be at most"),
+        ("held_out_tokens", 10**7, "held_out_tokens must be at most"),
+        ("ctx", 256, "chunks are 256 tokens long, LlamaForCausalLM has 128 positions"),
+        ("separator", "[SEP]", "separator: '[SEP]' is no token"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_said_before_the_model_reads(data, tmp_path, field, value, message):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "one.txt").write_text("all in one document " * 50)
+    value = {"EMPTY": str(tmp_path / "empty.txt"), "ONE": str(tmp_path / "one.txt")}.get(value, value)
+    with pytest.raises(PipelineError) as caught:
+        Pipeline(TRAIN, dataclasses.replace(data, **{field: value}), tmp_path / "run", show=False).run()
+    assert "stage 'text' failed" in str(caught.value) and message in str(caught.value)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("store", ["float16", "stream"])
 def test_a_stopped_training_goes_on_to_the_same_bits(finished, data, tmp_path, no_figures, capsys, store, number):

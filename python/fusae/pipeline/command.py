@@ -65,6 +65,8 @@ def train(
         out = resume
         if not (resume / SETTINGS).exists():
             return _train_rows(settings.train, rows or _path_in(resume, "data"), eval_rows, out, True, False, quiet)
+        if rows is not None:
+            raise ValueError(f"data is {rows}, but the run in {resume} was begun from text; give --resume alone")
     if rows is not None and settings.data:
         raise ValueError(f"data: give rows ({rows}) or a text ({', '.join(settings.data)}), not both")
     if rows is None and not settings.data and resume is None:

@@ -189,7 +189,7 @@ def stored_or_live(
     key = hashlib.sha256(chunks.sha256().encode())
     for value in (
         model_sha256, config.sites, config.model_dtype, config.skip_positions, config.outlier_factor,
-        config.drop_special, chunks.special, config.store, config.chunk_batch, nonfinite,
+        config.drop_special, chunks.special, config.store, config.chunk_batch,
     ):  # fmt: skip
         key.update(repr(value).encode())
     folder = Path(config.cache or default_cache_dir() / "activations")
