@@ -44,6 +44,8 @@ PRESETS: dict[str, list[tuple[str, dict[str, int], list[Bar]]]] = {
     "bars": [
         ("encode_topk", {"n": 2048, "d": 576, "m": 32768, "k": 32}, [Bar("fusae", "gemm", 1.10)]),
         ("encode_topk", {"n": 1024, "d": 768, "m": 131072, "k": 64}, [Bar("fusae", "gemm", 1.10)]),
+        ("encode_threshold", {"n": 4096, "d": 576, "m": 32768, "k": 64}, [Bar("fusae", "gemm", 1.15)]),
+        ("encode_batch_topk", {"n": 4096, "d": 576, "m": 32768, "k": 64}, [Bar("fusae", "gemm", 1.15)]),
         (
             "train_step",
             {"n": 4096, "d": 576, "m": 32768, "k": 32},

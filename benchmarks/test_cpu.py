@@ -10,9 +10,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fusae import _dispatch
+from fusae import SparseCodes, _dispatch
 from fusae.testing import assert_topk, assert_within_budget, selection_band, workloads
 from fusae.testing.bench_gate import decided
+from fusae.testing.ragged import assert_batch_topk, assert_threshold
 
 SHAPE = {"n": 256, "d": 128, "m": 4096, "k": 16}
 K = SHAPE["k"]
@@ -47,6 +48,15 @@ def _check(op: str, name: str, result: list[torch.Tensor], inputs: workloads.Inp
         pre64 = x64 @ exact.W_enc.T + bias.double()
         band = selection_band(pre + bias, pre64, x.dtype)
         assert_topk(pre64, result[0], result[1].int(), K, activation="relu", band=band)
+    elif op == "encode_threshold":
+        codes = SparseCodes(result[0], result[1].int(), len(inputs.W_enc), result[2])
+        threshold = workloads.threshold_of(inputs, K)
+        pre64 = x64 @ exact.W_enc.T + inputs.bias.double()
+        assert_threshold(pre64, codes, threshold, band=selection_band(pre + inputs.bias, pre64, x.dtype))
+    elif op == "encode_batch_topk":
+        codes = SparseCodes(result[0], result[1].int(), len(inputs.W_enc), result[2])
+        pre64 = x64 @ exact.W_enc.T + inputs.bias.double()
+        assert_batch_topk(pre64, codes, result[3], K * len(x), band=selection_band(pre + inputs.bias, pre64, x.dtype))
     elif op == "train_step":  # in later steps rounding may decide a selection: the same loss, not the same bits
         oracle = _again(op, "plain torch", exact, calls)[0]
         torch.testing.assert_close(result[0].double(), oracle, rtol=1e-3, atol=0)

@@ -173,6 +173,8 @@ def test_the_gate_passes_what_is_right(op, dtype):
     [
         ("encode_topk", "encode_topk_fwd", lambda out: (out[0].flip(1), *out[1:])),
         ("encode_topk", "encode_topk_fwd", lambda out: (*out[:1], out[1].roll(1, 0), *out[2:])),
+        ("encode_threshold", "encode_threshold_fwd", lambda out: (out[0].flip(0), *out[1:])),
+        ("encode_batch_topk", "encode_batch_topk_fwd", lambda out: (*out[:3], out[3] * 1.001, *out[4:])),
         ("decode", "decode_fwd", lambda out: out * (1 + 1e-4)),
         ("backward", "decode_bwd", lambda out: (out[0], out[1], out[2] * 1.001)),
         ("backward", "encode_bwd", lambda out: (*out[:3], out[3] + 1e-3)),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..codes import SparseCodes
-from ..ops import decode, encode_topk
+from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
 from . import workloads
 from .compare import assert_grads, assert_topk, assert_within_budget, selection_band
+from .ragged import assert_batch_topk, assert_threshold
 
 # Small and odd: no size is a multiple of a vector or of a tile.
 _SHAPE = {"n": 37, "d": 21, "m": 203, "k": 5}
@@ -30,13 +31,21 @@ def decided(inputs: workloads.Inputs, k: int, gap: float = 1e-4) -> workloads.In
     return dataclasses.replace(inputs, xs=kept)
 
 
-def _encode(inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
-    bias = inputs.bias
+def _encode(op: str, inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
+    bias, k = inputs.bias, _SHAPE["k"]
     pre = exact.xs[0] @ exact.W_enc.T + bias.double()
     wide = inputs.to(torch.promote_types(bias.dtype, torch.float32))
     band = selection_band(wide.xs[0] @ wide.W_enc.T + bias.to(wide.W_enc.dtype), pre, bias.dtype)
-    codes = encode_topk(inputs.xs[0], inputs.W_enc, bias, _SHAPE["k"], backend=backend)
-    assert_topk(pre, codes.values, codes.indices, _SHAPE["k"], activation="relu", band=band, what="encode_topk")
+    arguments = inputs.xs[0], inputs.W_enc, bias
+    if op == "encode_topk":
+        codes = encode_topk(*arguments, k, backend=backend)
+        assert_topk(pre, codes.values, codes.indices, k, activation="relu", band=band, what=op)
+    elif op == "encode_threshold":
+        threshold = workloads.threshold_of(inputs, k)
+        assert_threshold(pre, encode_threshold(*arguments, threshold, backend=backend), threshold, band=band)
+    else:
+        codes, smallest = encode_batch_topk(*arguments, k, backend=backend)
+        assert_batch_topk(pre, codes, smallest, k * len(pre), band=band)
 
 
 def _decode(inputs: workloads.Inputs, exact: workloads.Inputs, backend: str) -> None:
@@ -86,8 +95,8 @@ def conform(op: str, backend: str, dtype: str = "float32", device: str = "cpu") 
     inputs = decided(workloads.make_inputs(**_SHAPE, dtype=dtype, device=device, batches=2), _SHAPE["k"])
     exact = inputs.to(torch.float64)
     for each in ("encode_topk", "decode", "backward", "adam_rows", "train_step") if op == "train_step" else (op,):
-        if each == "encode_topk":
-            _encode(inputs, exact, backend)
+        if each.startswith("encode"):
+            _encode(each, inputs, exact, backend)
         elif each == "decode":
             _decode(inputs, exact, backend)
         else:

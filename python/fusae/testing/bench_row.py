@@ -33,7 +33,7 @@ class RowError(ValueError):
 class Row:
     """What one contender took for one op at one shape. Times are of single calls; see `fusae.testing.bench`."""
 
-    op: str  #: "encode_topk", "decode", "backward", "adam_rows", "train_step"
+    op: str  #: a key of `fusae.testing.workloads.CONTENDERS`
     mode: str  #: "fwd", "bwd" or "step"
     name: str  #: the contender: "fusae", "plain torch", "gemm", ...
     backend: str | None  #: the fusae backend that ran it; None for a contender that is not fusae

@@ -8,10 +8,8 @@ contenders of a round see the same one. Contenders of an op do the same work and
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,106 +18,13 @@ from torch.nn import functional as F
 from .. import _dispatch, reference
 from ..codes import SparseCodes
 from ..nn import SparseCoder, SparseCoderConfig
-from ..ops import adam_rows_, decode, encode_topk
+from ..ops import adam_rows_, decode, encode_batch_topk, encode_threshold, encode_topk
 from ..optim import Adam
+from .bench_inputs import Inputs, activations, make_inputs, planted  # noqa: F401
 
 LR = 1e-4
 Call = Callable[[], object]
 Build = Callable[["Inputs", int, str], Call]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """Batches `xs` of ``[n, d]`` and a sparse coder: W_enc, W_dec ``[m, d]``, b_enc ``[m]``, b_dec ``[d]``.
-
-    The pre-activations are ``W_enc (x - b_dec) + b_enc``, as in `fusae.nn.SparseCoder`.
-    """
-
-    xs: list[Tensor]
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
-
-    @property
-    def bias(self) -> Tensor:
-        """``b_enc - W_enc b_dec``: the bias of an encoder that takes x as it is."""
-        return self.b_enc - self.W_enc @ self.b_dec
-
-    @property
-    def parameter_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.W_enc, self.b_enc, self.W_dec, self.b_dec))
-
-    def to(self, *args: object) -> Inputs:
-        """As ``torch.Tensor.to``, for every tensor."""
-        rest = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
-        return Inputs([x.to(*args) for x in self.xs], *(t.to(*args) for t in rest))
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(1e-12))
-
-
-def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) -> Inputs:
-    """Inputs with a known sparse structure, float32 on the CPU.
-
-    A dictionary D of m random unit rows; every x is a sum of k rows drawn with probability ∝ 1 / (rank + 10) (so that
-    some latents are busy and most are rare, as in trained dictionaries), with weights 0.5 + Exp(1), plus an offset that
-    all rows share and Gaussian noise of length about 0.5. ``W_dec = D``; ``W_enc`` is D with noise of half the length
-    of a row, normalised again; ``b_enc = 0``; b_dec is the offset.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    W_dec = _unit(torch.randn(m, d, generator=generator))
-    W_enc = _unit(torch.randn(m, d, generator=generator).mul_(0.5 / d**0.5).add_(W_dec))
-    share = (torch.arange(m, dtype=torch.float64) + 10).reciprocal_().cumsum_(0)
-    latent_of_rank = torch.randperm(m, generator=generator)
-    offset = torch.randn(d, generator=generator) / d**0.5
-    xs = []
-    for _ in range(batches):
-        draw = torch.rand(n, k, generator=generator, dtype=torch.float64) * share[-1]
-        latents = latent_of_rank[torch.searchsorted(share, draw).clamp_(max=m - 1)]
-        weights = torch.empty(n, k).exponential_(generator=generator) + 0.5
-        x = F.embedding_bag(latents, W_dec, per_sample_weights=weights, mode="sum")
-        xs.append(x.add_(torch.randn(n, d, generator=generator), alpha=0.5 / d**0.5).add_(offset))
-    return Inputs(xs, W_enc, torch.zeros(m), W_dec, offset)
-
-
-def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, seed: int = 0) -> Inputs:
-    """Inputs from real activations, a ``.npy`` file ``[rows, d]``: up to `batches` batches of n consecutive rows.
-
-    The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``, ``b_enc = 0``;
-    b_dec is the mean of the rows that were read.
-    """
-    import numpy
-
-    stored = numpy.load(path, mmap_mode="r")
-    if stored.ndim != 2 or stored.shape[1] != d or stored.dtype.kind != "f":
-        raise ValueError(f"{path}: must hold a float array [rows, {d}], got {list(stored.shape)} {stored.dtype}")
-    if stored.shape[0] < n:
-        raise ValueError(f"{path}: must have at least n = {n} rows, got {stored.shape[0]}; lower --n")
-    batches = min(batches, stored.shape[0] // n)
-    x = torch.from_numpy(numpy.array(stored[: n * batches], dtype=numpy.float32))
-    generator = torch.Generator().manual_seed(seed)
-    first, second = torch.randint(len(x), (2, m), generator=generator)
-    W = _unit(x[first].sub_(x[second]))
-    return Inputs(list(x.split(n)), W, torch.zeros(m), W.clone(), x.mean(0))
-
-
-def make_inputs(
-    n: int,
-    d: int,
-    m: int,
-    k: int,
-    dtype: str = "float32",
-    device: str = "cpu",
-    data: str | None = None,
-    batches: int = 3,
-) -> Inputs:
-    """`planted` inputs, or those of the file `data`, in `dtype` (a name in torch) on `device`."""
-    if not 1 <= k <= m:
-        raise ValueError(f"k must be between 1 and m = {m}, got {k}")
-    made = planted(n, d, m, k, batches=batches) if data is None else activations(data, n, d, m, batches=batches)
-    return made.to(torch.device(device), getattr(torch, dtype))
 
 
 def _over(xs: list, call: Callable) -> Call:
@@ -162,6 +67,60 @@ def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
 def _encode_torch(inputs: Inputs, k: int, backend: str) -> Call:
     bias = inputs.bias
     return _over(inputs.xs, lambda x: _select(x, inputs.W_enc, bias, k))
+
+
+def threshold_of(inputs: Inputs, k: int) -> Tensor:
+    """``[m]`` float32, the same for all latents: about k pre-activations of a row are above it, on average."""
+    pre = F.linear(inputs.xs[0][:256], inputs.W_enc, inputs.bias).float().flatten()
+    size = min(k * min(256, len(inputs.xs[0])), len(pre) - 1)
+    two = pre.topk(size + 1).values[-2:]
+    return two.mean().expand(len(inputs.W_enc)).contiguous()
+
+
+def _threshold_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    bias, threshold = inputs.bias, threshold_of(inputs, k)
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        codes = encode_threshold(x, inputs.W_enc, bias, threshold, backend=backend)
+        return codes.values, codes.indices, codes.offsets
+
+    return _over(inputs.xs, call)
+
+
+def _threshold_torch(inputs: Inputs, k: int, backend: str) -> Call:
+    bias, threshold = inputs.bias, threshold_of(inputs, k)
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        pre = F.linear(x, inputs.W_enc, bias)
+        above = pre > threshold
+        rows, latents = above.nonzero(as_tuple=True)
+        return pre[rows, latents], latents, F.pad(above.sum(1).cumsum(0), (1, 0))
+
+    return _over(inputs.xs, call)
+
+
+def _batch_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    bias = inputs.bias
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        codes, smallest = encode_batch_topk(x, inputs.W_enc, bias, k, backend=backend)
+        return codes.values, codes.indices, codes.offsets, smallest
+
+    return _over(inputs.xs, call)
+
+
+def _batch_torch(inputs: Inputs, k: int, backend: str) -> Call:
+    bias = inputs.bias
+
+    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        pre = F.linear(x, inputs.W_enc, bias)
+        values, places = pre.relu().flatten().topk(len(x) * k)
+        order = places[values > 0].sort().values
+        rows, latents = order // pre.shape[1], order % pre.shape[1]
+        offsets = F.pad(torch.bincount(rows, minlength=len(x)).cumsum(0), (1, 0))
+        return pre.flatten()[order], latents, offsets, values[values > 0].min()
+
+    return _over(inputs.xs, call)
 
 
 def _decode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
@@ -322,6 +281,8 @@ def _train_coder(inputs: Inputs, k: int, backend: str) -> Call:
 #: op -> contender -> builder. The contenders whose name starts with "fusae" run on the backend they are given.
 CONTENDERS: dict[str, dict[str, Build]] = {
     "encode_topk": {"gemm": _gemm, "fusae": _encode_fusae, "torch mm + topk": _encode_torch},
+    "encode_threshold": {"gemm": _gemm, "fusae": _threshold_fusae, "torch mm + nonzero": _threshold_torch},
+    "encode_batch_topk": {"gemm": _gemm, "fusae": _batch_fusae, "torch mm + topk": _batch_torch},
     "decode": {"embedding_bag": _decode_bag, "fusae": _decode_fusae, "dense matmul": _decode_dense},
     "backward": {
         "plain torch": lambda inputs, k, backend: _backward(forward_dense, inputs, k),
@@ -339,10 +300,20 @@ CONTENDERS: dict[str, dict[str, Build]] = {
     },
 }
 BASELINE = {op: next(iter(builders)) for op, builders in CONTENDERS.items()}
-MODE = {"encode_topk": "fwd", "decode": "fwd", "backward": "bwd", "adam_rows": "step", "train_step": "step"}
+MODE = {
+    "encode_topk": "fwd",
+    "encode_threshold": "fwd",
+    "encode_batch_topk": "fwd",
+    "decode": "fwd",
+    "backward": "bwd",
+    "adam_rows": "step",
+    "train_step": "step",
+}
 _GRADIENTS = ("encode_topk_fwd", "decode_fwd", "encode_bwd", "decode_bwd")
 _RAW = {
     "encode_topk": ("encode_topk_fwd",),
+    "encode_threshold": ("encode_threshold_fwd",),
+    "encode_batch_topk": ("encode_batch_topk_fwd",),
     "decode": ("decode_fwd",),
     "backward": _GRADIENTS,
     "adam_rows": ("adam_rows_",),
@@ -386,6 +357,8 @@ def cost(op: str, n: int, d: int, m: int, k: int, itemsize: int) -> tuple[int, i
     table = {
         "gemm": (2 * n * m * d, x + matrix + n * m * itemsize),
         "encode_topk": encode,
+        "encode_threshold": encode,
+        "encode_batch_topk": encode,
         "decode": (sparse, rows + d * itemsize + codes + x),
         "backward": (3 * sparse, rows + 2 * x + codes + 2 * matrix + (m + d) * itemsize),
         "adam_rows": (adam, 3 * matrix + moments),
