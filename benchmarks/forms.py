@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train one dictionary of each kind on a real model, and put what came out side by side.
+
+    python benchmarks/forms.py --out runs/forms --results benchmarks/results/DEVICE/forms.json --page docs/forms.md
+
+Model and text are the demo's (downloaded once, 103 MB). Every dictionary is a run of `fusae.pipeline.Pipeline` with the
+same tokens, held-out articles, width and number of steps; a run that is there already is not done again, one that was
+stopped is gone on with. Each has its report in its own folder. The page is made from the JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fusae.data import default_cache_dir
+from fusae.demo.config import DemoConfig
+from fusae.demo.inputs import load_inputs
+from fusae.formats.native import read_json, write_json
+from fusae.pipeline import Pipeline
+from fusae.testing.bench_row import environment
+from fusae.train import TrainConfig
+
+RESIDUAL = ("model.layers.11",)
+MLP = ("model.layers.11.mlp:in", "model.layers.11.mlp")
+LAYERS = ("model.layers.9", "model.layers.11", "model.layers.13")
+
+#: name -> (sites, fields of the training beside those that all runs share)
+RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "TopK": (RESIDUAL, {}),
+    "BatchTopK": (RESIDUAL, {"preset": "batch-topk"}),
+    "JumpReLU": (RESIDUAL, {"form": "jumprelu", "penalty": "l0_mean_squared"}),
+    "Matryoshka": (RESIDUAL, {"preset": "matryoshka"}),
+    "transcoder": (MLP, {"preset": "transcoder"}),
+    "skip transcoder": (MLP, {"preset": "skip-transcoder"}),
+    "crosscoder": (LAYERS, {"preset": "crosscoder"}),
+}
+
+
+def settings(name: str, demo: DemoConfig, cache: Path) -> tuple[TrainConfig, Any]:
+    """What a run trains, and on what."""
+    sites, fields = RUNS[name]
+    shared = {
+        "m": demo.m, "k": demo.k, "epochs": demo.epochs, "batch_size": demo.batch_size, "lr": demo.lr,
+        "seed": demo.seed, "device": "cpu", "log_every": 10, "checkpoint_every": 100,
+    }  # fmt: skip
+    data = dataclasses.replace(demo.data(cache), module=sites if len(sites) > 1 else sites[0])
+    return TrainConfig.from_dict({**fields, **shared}), data
+
+
+def run(name: str, demo: DemoConfig, out: Path, cache: Path) -> dict[str, Any]:
+    """Train and evaluate; what the page says of it."""
+    train, data = settings(name, demo, cache)
+    folder = out / name.replace(" ", "-").lower()
+    there = (folder / "pipeline.json").exists()
+    given = (None, None) if there else (train, data)
+    Pipeline(*given, folder, inputs=lambda: load_inputs(data, cache), resume=there).run()
+    about = read_json(folder / "config.json", "a run")
+    evaluation = read_json(folder / "eval.json", "an evaluation")
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {
+        "name": name, "sites": list(RUNS[name][0]), "fields": RUNS[name][1], "train": about["train"],
+        **{key: evaluation[key] for key in ("fvu", "l0", "dead_latents", "latents", "tokens", "loss", "kl")},
+        "steps": last["step"], "training_seconds": last["seconds"],
+    }  # fmt: skip
+
+
+def page(results: dict[str, Any]) -> str:
+    """The Markdown page."""
+    rows = results["runs"]
+    first = rows[0]
+    lines = [
+        "# One dictionary of each kind",
+        "",
+        "<!-- made by benchmarks/forms.py; do not edit -->",
+        "",
+        f"SmolLM2-135M-Instruct (4-bit GGUF) on English news: {first['train']['m']:,} latents, "
+        f"k = {first['train']['k']}, {first['steps']:,} steps of {first['train']['batch_size']:,} tokens, one seed, "
+        f"measured on {first['tokens']:,} tokens of held-out articles. Made with",
+        "",
+        f"    {results['command']}",
+        "",
+        f"on {results['device']}, {results['threads']} threads, commit {str(results['git'])[:10]}.",
+        "",
+        "| dictionary | at | FVU | L0 | dead | loss: model / patched / mean-ablated | loss recovered | KL recovered | "
+        "training |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        loss, sites = row["loss"], [site.removeprefix("model.") for site in row["sites"]]
+        where = " → ".join(sites) if "transcoder" in row["name"] else ", ".join(sites)
+        losses = " / ".join(f"{loss[name]:.3f}" for name in ("original", "patched", "mean_ablated"))
+        lines.append(
+            f"| {row['name']} | {where} | {row['fvu']:.3f} | {row['l0']:.1f} | {row['dead_latents']:,} | {losses} | "
+            f"{loss['loss_recovered']:.3f} | {row['kl']['kl_recovered']:.3f} | {row['training_seconds']:,.0f} s |"
+        )
+    lines += [
+        "",
+        "FVU is of the target: what the module puts out (for a transcoder, rebuilt from what goes into it; for a",
+        "crosscoder, of all its layers together). The loss is in nats per token, with the target replaced by what the",
+        "dictionary makes of it, at all sites of a crosscoder at once. Dead: latents active on no held-out token.",
+        "These are short runs, to see every kind work; published ones train on a thousand times as many tokens.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="folder of the runs")] = Path("runs/forms"),
+    results: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
+    page_path: Annotated[Path | None, typer.Option("--page", help="Markdown page to write")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="of the kinds; default: all")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="everything small, to see that it runs")] = False,
+    cache_dir: Annotated[Path | None, typer.Option(help="for downloads and activations")] = None,
+) -> None:
+    demo, cache = DemoConfig.quick() if quick else DemoConfig(), cache_dir or default_cache_dir()
+    wanted = only or list(RUNS)
+    if unknown := [name for name in wanted if name not in RUNS]:
+        raise SystemExit(f"only must be among {', '.join(RUNS)}, got {', '.join(unknown)}")
+    rows = [run(name, demo, out, cache) for name in wanted]
+    command = shlex.join(["python", "benchmarks/forms.py", *sys.argv[1:]])
+    found = {**environment(command=command), "threads": torch.get_num_threads(), "runs": rows}
+    if results is not None:
+        write_json(results, found)
+    text = page(found)
+    if page_path is not None:
+        page_path.parent.mkdir(parents=True, exist_ok=True)
+        page_path.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    typer.run(main)
