@@ -192,6 +192,33 @@ def test_several_sites_are_given_their_part(model, chunks):
     assert result["kl"]["patched"] == pytest.approx(divergence(original, logits, everywhere), rel=1e-4)
 
 
+def test_the_input_of_a_transcoder_keeps_its_value(model, chunks):
+    sites, scale = ["model.layers.1.mlp:in", "model.layers.1.mlp"], torch.rand(D, D)
+    mean = torch.linspace(-1, 1, D)
+    ids = torch.from_numpy(chunks.astype(np.int64))
+    options = {"module": sites, "skip_positions": 0, "outlier_factor": None, "keep": D}
+    result = run(model, lambda x: x[:, :D] @ scale, chunks, mean, **options)
+    seen = {}
+    original = hooked_logits(model, ids, {sites[0]: lambda h: seen.setdefault("x", h)})
+    everywhere = torch.ones(10, 15, dtype=torch.bool)
+    for name, value in (("patched", seen["x"] @ scale), ("mean_ablated", mean.expand(10, 16, D))):
+        logits = hooked_logits(model, ids, {sites[1]: lambda h, value=value: value})
+        assert result["kl"][name] == pytest.approx(divergence(original, logits, everywhere), rel=1e-4), name
+    with pytest.raises(ValueError, match=r"mean must have shape \[32\], got \[64\]"):
+        run(model, lambda x: x, chunks, torch.zeros(2 * D), **options)
+
+
+def test_tokens_that_are_ruled_out_add_nothing():
+    logits = torch.tensor([[[0.0, 1.0, -math.inf], [0.0, 0.0, -math.inf]]])
+    other = torch.tensor([[[1.0, 0.0, -math.inf], [0.0, 0.0, -math.inf]]])
+    ids, counted = torch.tensor([[0, 1]]), torch.ones(1, 1, dtype=torch.bool)
+    metrics = LossMetrics()
+    for name, value in zip(LossMetrics.NAMES, (logits, other, logits), strict=True):
+        metrics.update(name, value, logits, ids, counted)
+    p = torch.tensor([0.0, 1.0]).softmax(0)
+    assert metrics.result()["kl"]["patched"] == pytest.approx(float(p[1] - p[0]), rel=1e-6)
+
+
 def test_padding_and_special_tokens_do_not_count(model, chunks):
     lengths = np.array([16, 3, 9, 16, 2, 7, 16, 5, 16, 11], dtype=np.int32)
     ids = chunks.copy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reconstruction does to the language model: loss recovered, and KL, and the tokens a decoder row promotes."""
+"""What a reconstruction does to the language model: loss recovered, KL, and the tokens a decoder row promotes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ class LossMetrics:
             self._loss[name] += float(losses.double().sum())
             if name != "original":
                 log_p = reference[:-1][use].float().log_softmax(-1)
-                self._kl[name] += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
+                p = log_p.exp()
+                # A token that the model rules out (a logit of minus infinity) adds nothing.
+                each = torch.where(p == 0, 0.0, p * (log_p - log_q))
+                self._kl[name] += float(each.sum(-1).double().sum())
         if name == "original":
             self.tokens += int(counted.sum())
         return self
