@@ -23,6 +23,7 @@ def rule(op: Callable[..., Any], rows: tuple[str, ...]) -> Callable[..., Any]:
             raise RuntimeError(f"{op._opname} works in place and has no vmap rule; call it once for each matrix")
         if given.get("row_sparse"):
             raise RuntimeError("row-sparse gradients differ in size, so vmap cannot stack them; use sparse_grad=False")
+        in_dims = [None if isinstance(at, (list, tuple)) else at for at in in_dims]  # a list of numbers
         args = [a if at is None else a.movedim(at, 0) for a, at in zip(args, in_dims, strict=True)]
         over = [i for i, at in enumerate(in_dims) if at is not None]
         foldable = [i for i, name in enumerate(names) if name in rows and given.get("offsets") is None]

@@ -99,11 +99,14 @@ class _DecodeLoss(torch.autograd.Function):
         ctx.b_dtype, ctx.target_dtype = None if b_dec is None else b_dec.dtype, target.dtype
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
-        if grad is None:
-            return (None,) * 14
-        values, indices, offsets, W_dec, residual, mixed, dots = ctx.saved_tensors
+        # The loss is not linear: a second derivative must raise even where `grad` is a constant, so the decorator has
+        # to see what else the gradients depend on.
+        return (None,) * 14 if grad is None else _DecodeLoss.gradients(ctx, grad, *ctx.saved_tensors)
+
+    @staticmethod
+    @once_differentiable
+    def gradients(ctx, grad, values, indices, offsets, W_dec, residual, mixed, dots):
         need_values, _, _, need_W, need_b, need_target = ctx.needs_input_grad[:6]
         grad_values = grad_W = grad_b = grad_target = None
         factor = -2.0 * ctx.scale * grad
@@ -155,7 +158,8 @@ def _weights(weights: Sequence[float] | None, groups: int) -> list[float]:
     if not isinstance(weights, (tuple, list)) or len(weights) != groups:
         raise ValueError(f"weights must be {groups} numbers, one for each prefix, got {weights!r}")
     for w in weights:
-        _checks.number("weights", w)
+        if not torch.compiler.is_compiling():
+            _checks.number("weights", w)
     return [float(w) for w in weights]
 
 
