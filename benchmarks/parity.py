@@ -14,9 +14,9 @@
 A results file is ``{"schema": 1, "runs": [run, ...]}``. A run is one recipe on one data set with one seed:
 
 =============== ======================================================================================================
-``recipe``      a name in `parity_recipes.RECIPES`; ``peer`` and ``peer_version`` are the package it is of
+``recipe``      a name in `RECIPES`; ``peer`` and ``peer_version`` are the package it is of
 ``data``        "known", "known-offset" or "activations"; ``data_sha256`` of the scaled training rows
-``settings``    the fields of `parity_recipes.Settings`
+``settings``    the fields of `parity_base.Settings`
 ``seed``        of the initial weights and of the order of the rows
 ``contenders``  {"peer" | "fusae" | "fusae Trainer": measures}
 ``differences`` where the two sides are not the same, in words
@@ -42,9 +42,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import parity_dictionary_learning
+import parity_saelens
 import torch
 import typer
-from parity_recipes import RECIPES, Contender, Recipe, Settings
+from parity_base import Contender, Recipe, Settings
 from parity_report import ROOT, ReportError, quality_page, read_runs
 from rich.console import Console
 from torch import Tensor
@@ -57,6 +59,7 @@ from fusae.train import open_data
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 
+RECIPES: dict[str, Recipe] = {**parity_dictionary_learning.RECIPES, **parity_saelens.RECIPES}
 LOSSES_AT = (1, 10, 100)
 _KNOWN = Settings(32, 64, 3, 4000, 512, 3e-3, warmup_steps=100, decay_start=3200, dead_steps=98, aux=0.0)
 PRESETS = {
