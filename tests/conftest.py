@@ -11,7 +11,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from fusae.testing import bench, left_out, targets
+from fusae import _dispatch
+from fusae.testing import CASES, Target, bench, left_out, targets
+from fusae.testing.conformance import check_backward, check_forward
 
 POISON = {torch.uint8: 0xAB, torch.int8: -77, torch.int16: -31111, torch.int32: 2_100_000_011, torch.int64: 2**61 + 11}
 
@@ -58,6 +60,43 @@ def _poisoned(allocate):
 def _poison_uninitialised_memory(monkeypatch):
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+# --- backends with a bug -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Backend "cuda" becomes the reference with one op replaced."""
+
+    def plant(op, function):
+        table = dict(_dispatch._load("reference").entries)
+        table[op] = _dispatch._Entry(function, lambda *args, **kwargs: None)
+        monkeypatch.setitem(_dispatch._backends, "cuda", _dispatch._Backend(None, table))
+        return Target("cuda")
+
+    return plant
+
+
+@pytest.fixture
+def caught_by():
+    """The first case that rejects a target with a bug in an op, forward before backward; small cases first."""
+    return _caught_by
+
+
+def _caught_by(target, op):
+    cases = sorted((c for c in CASES if op in c.raw_ops), key=lambda c: c.moved)
+    checks = (check_forward,) if op.endswith(("_fwd", "rows_")) else (check_backward,)
+    if op in ("decode_loss_fwd", "encode_threshold_fwd"):  # part of what it returns is for the backward pass
+        checks = (check_forward, check_backward)
+    for check in checks:
+        for case in cases:
+            for dtype in case.dtypes:
+                try:
+                    check(case, target, dtype)
+                except (AssertionError, IndexError) as error:
+                    return f"{case} {dtype}: {error}"
+    return None
 
 
 def pytest_report_header():

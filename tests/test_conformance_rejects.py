@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusae import _dispatch, reference
-from fusae.testing import CASES, Target
+from fusae.testing import CASES
 from fusae.testing.conformance import check_backward, check_forward
 
 MUTANTS = {}
@@ -446,38 +446,9 @@ def moments_rounded_to_the_dtype_of_the_parameter(param, exp_avg, exp_avg_sq, *r
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def planted(monkeypatch):
-    """Backend "cuda" becomes the reference with one op replaced."""
-
-    def plant(op, function):
-        table = dict(_dispatch._load("reference").entries)
-        table[op] = _dispatch._Entry(function, lambda *args, **kwargs: None)
-        monkeypatch.setitem(_dispatch._backends, "cuda", _dispatch._Backend(None, table))
-        return Target("cuda")
-
-    return plant
-
-
-def _caught_by(target, op):
-    """The first case that rejects the target, forward before backward; small cases first."""
-    cases = sorted((c for c in CASES if op in c.raw_ops), key=lambda c: c.moved)
-    checks = (check_forward,) if op.endswith(("_fwd", "rows_")) else (check_backward,)
-    if op == "decode_loss_fwd":  # part of what it returns is for the backward pass
-        checks = (check_forward, check_backward)
-    for check in checks:
-        for case in cases:
-            for dtype in case.dtypes:
-                try:
-                    check(case, target, dtype)
-                except (AssertionError, IndexError) as error:
-                    return f"{case} {dtype}: {error}"
-    return None
-
-
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_planted_bug_is_caught(name, planted):
-    assert _caught_by(planted(*MUTANTS[name]), MUTANTS[name][0]) is not None, f"no case notices: {name}"
+def test_a_planted_bug_is_caught(name, planted, caught_by):
+    assert caught_by(planted(*MUTANTS[name]), MUTANTS[name][0]) is not None, f"no case notices: {name}"
 
 
 @pytest.mark.parametrize("op", _dispatch.ops())
