@@ -139,6 +139,32 @@ def test_the_command_does_it_without_a_warning(files, tmp_path, capsys):
     assert status == 1 and "is finished; `fusae eval" in err and err.count("\n") == 1
 
 
+def test_eval_of_other_text_and_another_place(finished, files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    other = tiny_lm.write_text(tmp_path / "other.jsonl", 6, seed=9)
+    length = sum(len(json.loads(line)["text"]) for line in other.read_text().splitlines())
+    before = (finished / "eval.json").read_bytes()
+
+    def measured(*arguments):
+        out = tmp_path / "eval.json"
+        status, said, err = run(
+            capsys, "eval", finished, "--out", out, "--quiet", "--device", "cpu", *arguments
+        )  # fmt: skip
+        return (status, said + err, json.loads(out.read_text()) if status == 0 else None)
+
+    status, said, evaluation = measured("--text", other)
+    assert status == 0 and 0.9 * length < evaluation["tokens"] < length  # all of it, not a twentieth
+    assert evaluation["source"]["text"] == "other.jsonl" and f"{evaluation['tokens']:,}" in said
+    _, _, few = measured("--tokens", "200", "--loss-tokens", "100")
+    assert 200 <= few["tokens"] < 200 + 127 and 100 <= few["loss"]["tokens"] + 1 < 100 + 128
+    _, _, elsewhere = measured("--module", "model.layers.0")
+    assert elsewhere["source"]["module"] == "model.layers.0" and elsewhere["fvu"] > read(finished, "eval.json")["fvu"]
+    assert "tokens must be at most" in measured("--tokens", "100000000")[1]
+    assert "no submodule 'model.layers.7'" in measured("--module", "model.layers.7")[1]
+    assert "rows must have width 32, as the coder was trained on, got 257" in measured("--module", "lm_head")[1]
+    assert (finished / "eval.json").read_bytes() == before
+
+
 # ---- stopped and resumed ---------------------------------------------------------------------------------------------
 
 
