@@ -69,6 +69,20 @@ class Objective(Protocol):
     def __call__(self, coder: SparseCoder, x: Tensor, target: Tensor, moment: Moment) -> CoderLoss: ...
 
 
+class Chosen(NamedTuple):
+    """The codes of a batch and what a loss charges for them, their errors apart.
+
+    Attributes:
+        codes: with a gradient.
+        charge: scalar to add to the loss, with a gradient.
+        terms: its terms by name, before their coefficients, detached scalars.
+    """
+
+    codes: SparseCodes
+    charge: Tensor
+    terms: dict[str, Tensor]
+
+
 def rows(coder: SparseCoder, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor]:
     """`x` ``[n, d]`` and `target` ``[n, d_out]`` (None: x), checked."""
     coder.check_input(x)

@@ -14,7 +14,7 @@ from ... import _fields
 from ...codes import SparseCodes
 from ...ops import decode, encode_threshold
 from ..sums import total
-from .base import CoderLoss, Moment, fit, row_norms, rows, variance_of, wants
+from .base import Chosen, CoderLoss, Moment, fit, row_norms, rows, variance_of, wants
 from .nested import check_prefixes, nested_terms
 
 if TYPE_CHECKING:
@@ -93,15 +93,24 @@ class JumpReLU:
 
     def __call__(self, coder: SparseCoder, x: Tensor, target: Tensor | None, moment: Moment) -> CoderLoss:
         wants(coder, self, ("threshold",))
+        x, target = rows(coder, x, target)
+        codes, charge, terms = self.choose(coder, x, moment)
+        found = fit(coder, codes, x, target, variance_of(target, moment.variance), self.prefixes, self.weights)
+        if self.prefixes:
+            terms |= nested_terms(self.prefixes, found.mse)
+        return CoderLoss(
+            found.loss + charge, found.mse[-1], None, found.sse, codes.detach(), found.reconstruction, terms
+        )
+
+    def choose(self, coder: SparseCoder, x: Tensor, moment: Moment) -> Chosen:
+        """The codes of the rows `x` ``[n, d]``, with those in the window below a threshold, and their penalties."""
         if coder.config.select_by_norm:
             raise ValueError("objective JumpReLU needs a coder without select_by_norm; call coder.fold_norms_() first")
-        x, target = rows(coder, x, target)
         inputs, bias = coder.encoder_input(x)
         codes, l0 = encode_threshold(
             inputs, coder.W_enc, bias, coder.threshold, bandwidth=self.bandwidth,
             straight_through=self.straight_through, sparse_grad=coder.sparse_grad,
         )  # fmt: skip
-        found = fit(coder, codes, x, target, variance_of(target, moment.variance), self.prefixes, self.weights)
         revive = self.preact_coefficient > 0 and moment.dead is not None
         norms = None
         if revive or self.penalty == "tanh":
@@ -110,14 +119,11 @@ class JumpReLU:
                 touched.append(moment.dead.nonzero()[:, 0])
             norms = row_norms(coder, torch.cat(touched) if touched else moment.dead)
         sparsity = self._penalty(coder, codes, l0, norms)
-        loss = found.loss + moment.ramp * self._sparsity(coder) * sparsity
-        terms = {"sparsity": sparsity.detach()}
+        charge, terms = moment.ramp * self._sparsity(coder) * sparsity, {"sparsity": sparsity.detach()}
         if revive:
             preact = preact_loss(coder, inputs, bias, codes, moment.dead, norms)
-            loss, terms["preact"] = loss + self.preact_coefficient * preact, preact.detach()
-        if self.prefixes:
-            terms |= nested_terms(self.prefixes, found.mse)
-        return CoderLoss(loss, found.mse[-1], None, found.sse, codes.detach(), found.reconstruction, terms)
+            charge, terms["preact"] = charge + self.preact_coefficient * preact, preact.detach()
+        return Chosen(codes, charge, terms)
 
     def _sparsity(self, coder: SparseCoder) -> float:
         if self.sparsity is not None:

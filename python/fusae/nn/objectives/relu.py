@@ -13,7 +13,7 @@ from ... import _checks, _fields
 from ...codes import SparseCodes
 from ...ops import decode_loss, encode_threshold
 from ..sums import total
-from .base import CoderLoss, Moment, fit, row_norms, rows, variance_of, wants
+from .base import Chosen, CoderLoss, Moment, fit, row_norms, rows, variance_of, wants
 
 if TYPE_CHECKING:
     from ..coder import SparseCoder
@@ -50,16 +50,20 @@ class ReLU:
 
     def __call__(self, coder: SparseCoder, x: Tensor, target: Tensor | None, moment: Moment) -> CoderLoss:
         wants(coder, self, ("relu",))
+        x, target = rows(coder, x, target)
+        codes, charge, terms = self.choose(coder, x, moment)
+        found = fit(coder, codes, x, target, variance_of(target, moment.variance))
+        return CoderLoss(
+            found.loss + charge, found.mse[-1], None, found.sse, codes.detach(), found.reconstruction, terms
+        )
+
+    def choose(self, coder: SparseCoder, x: Tensor, moment: Moment) -> Chosen:
+        """The codes of the rows `x` ``[n, d]`` and their L1 term."""
         if coder.config.gated:
             raise ValueError("objective ReLU needs a coder that is not gated; use objective Gated")
-        x, target = rows(coder, x, target)
         codes = coder.encode(x)
-        found = fit(coder, codes, x, target, variance_of(target, moment.variance))
         l1 = l1_norm(codes, row_norms(coder, codes.indices) if self.by_norm else None)
-        loss = found.loss + moment.ramp * self.sparsity * l1
-        return CoderLoss(
-            loss, found.mse[-1], None, found.sse, codes.detach(), found.reconstruction, {"sparsity": l1.detach()}
-        )
+        return Chosen(codes, moment.ramp * self.sparsity * l1, {"sparsity": l1.detach()})
 
 
 @dataclasses.dataclass(frozen=True)
