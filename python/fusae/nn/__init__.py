@@ -5,10 +5,15 @@ from . import objectives
 from .activity import DeadLatents
 from .coder import SparseCoder
 from .config import SparseCoderConfig
+from .cross_layer import CrossLayerTranscoder
+from .cross_layer_config import CrossLayerConfig
+from .files import load
 from .init import geometric_median, init_firing_rate_, init_thresholds_, init_uniform_encoder_, unit_rows_
+from .join import join_codes
 from .objectives import CoderLoss, Moment
 
 __all__ = [
-    "CoderLoss", "DeadLatents", "Moment", "SparseCoder", "SparseCoderConfig", "geometric_median", "init_firing_rate_",
-    "init_thresholds_", "init_uniform_encoder_", "objectives", "unit_rows_",
+    "CoderLoss", "CrossLayerConfig", "CrossLayerTranscoder", "DeadLatents", "Moment", "SparseCoder",
+    "SparseCoderConfig", "geometric_median", "init_firing_rate_", "init_thresholds_", "init_uniform_encoder_",
+    "join_codes", "load", "objectives", "unit_rows_",
 ]  # fmt: skip

@@ -117,11 +117,18 @@ def init_firing_rate_(coder: SparseCoder, x: Tensor, rate: float) -> SparseCoder
 @torch.no_grad()
 def init_uniform_encoder_(coder: SparseCoder, seed: int = 0) -> SparseCoder:
     """Fill `W_enc` ``[m, d]`` uniformly in ±1 / √d (Anthropic, January 2025 update); the same on every device."""
-    generator = torch.Generator().manual_seed(_fields.whole("seed", seed))
-    bound, wide = coder.config.d**-0.5, _checks.accumulator(coder.W_enc.dtype)
-    for rows in coder.W_enc.split(_CHUNK):
-        rows.copy_((torch.rand(rows.shape, generator=generator, dtype=wide) * 2 - 1) * bound)
+    uniform_(coder.W_enc, coder.config.d**-0.5, _fields.whole("seed", seed))
     return coder
+
+
+@torch.no_grad()
+def uniform_(weight: Tensor, bound: float, seed: int) -> Tensor:
+    """Fill `weight` ``[m, d]`` uniformly in ±`bound`: a function of `seed` and shape, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = _checks.accumulator(weight.dtype)
+    for rows in weight.split(_CHUNK):
+        rows.copy_((torch.rand(rows.shape, generator=generator, dtype=wide) * 2 - 1) * bound)
+    return weight
 
 
 def _thresholded(coder: SparseCoder, relu: bool = False) -> None:

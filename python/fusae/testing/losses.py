@@ -6,6 +6,8 @@ Each takes the coder (for its parameters and its configuration), `x` ``[n, d]``,
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 
@@ -152,3 +154,61 @@ def hierarchical(c, x, y, moment, ranks, aux_coefficient=1 / 32):
     errors = [error(y, output(c, chosen(c, p, j), x), moment) for j in ranks]
     aux = auxk(c, p, y - output(c, chosen(c, p, c.config.k), x), moment.dead)
     return sum(errors) / len(errors) + aux_coefficient * aux
+
+
+def cross_layer(coder, x, y, moment, form):
+    """Of a cross-layer transcoder, `x` ``[n, L, d]`` and `y` ``[n, L, d_out]``; `form` is the objective to follow."""
+    config = coder.config
+    dead = [None] * config.layers if moment.dead is None else moment.dead.split(config.m)
+    pre = [x[:, s] @ c.W_enc.T + c.b_enc for s, c in enumerate(coder.sources)]
+    f = [_active(c, p, form) for c, p in zip(coder.sources, pre, strict=True)]
+    y_hat = written(coder, f) + coder.b_dec
+    if config.skip:
+        y_hat = y_hat + torch.einsum("nld,lod->nlo", x, coder.W_skip.view(config.layers, -1, config.d))
+    loss = 0.0
+    for t in range(config.layers):
+        scale = None if moment.variance is None else moment.variance[t]
+        loss = loss + error(y[:, t], y_hat[:, t], dataclasses.replace(moment, variance=scale))
+    if config.k_aux and moment.dead is not None:
+        residual = (y - y_hat).detach()
+        g = [_of_dead(c, p, mask) for c, p, mask in zip(coder.sources, pre, dead, strict=True)]
+        for t, e_hat in enumerate(written(coder, g).unbind(1)):
+            e = residual[:, t]
+            if moment.dead[: (t + 1) * config.m].any() and not torch.allclose(e, e[:1].expand_as(e)):
+                loss = loss + form.aux_coefficient * (e - e_hat).square().sum() / (e - e.mean(0)).square().sum()
+    for c, p, codes, mask in zip(coder.sources, pre, f, dead, strict=True):
+        loss = loss + _charge(c, p, codes, mask, form, moment.ramp)
+    return loss
+
+
+def written(coder, f):
+    """``Σ_s f_s W_dec_s`` at every target ``[n, L, d_out]``, of the dense codes of every layer."""
+    parts = [(g @ c.W_dec).unflatten(1, (-1, coder.config.target_width)) for g, c in zip(f, coder.sources, strict=True)]
+    return sum(torch.nn.functional.pad(part, (0, 0, s, 0)) for s, part in enumerate(parts))
+
+
+def _active(c, p, form):
+    if c.config.select == "threshold":
+        return Jump.apply(p, c.threshold, form.bandwidth, form.straight_through)
+    return p.relu() if c.config.select == "relu" else chosen(c, p, c.config.k)
+
+
+def _of_dead(c, p, dead):
+    score = p * (norms(c) if c.config.select_by_norm else 1)
+    mask = largest(score.masked_fill(~dead, -torch.inf), c.config.k_aux) * dead
+    return mask.detach() * p.relu()
+
+
+def _charge(c, p, f, dead, form, ramp):
+    if c.config.select == "relu":
+        return ramp * form.sparsity * (f * (norms(c) if form.by_norm else 1)).sum(1).mean()
+    if c.config.select != "threshold":
+        return 0.0
+    k, l0 = c.config.k, Step.apply(p, c.threshold, form.bandwidth, form.straight_through).sum(1)
+    penalty = {
+        "l0": l0.mean(),
+        "l0_squared": (2 / k * (l0 - k).square()).mean(),
+        "tanh": torch.tanh((form.tanh_scale or 0) * f * norms(c)).sum(1).mean(),
+    }[form.penalty]
+    preact = 0.0 if dead is None else ((c.threshold - p).relu() * norms(c))[:, dead].sum(1).mean()
+    return ramp * form.sparsity * penalty + form.preact_coefficient * preact

@@ -7,12 +7,13 @@ which is the same where the variance is 1.
 """
 
 from .base import CoderLoss, Moment, Objective
+from .cross_layer import CrossLayer
 from .jumprelu import JumpReLU
 from .nested import HierarchicalTopK, Matryoshka
 from .relu import Gated, ReLU
 from .topk import BatchTopK, TopK
 
 __all__ = [
-    "BatchTopK", "CoderLoss", "Gated", "HierarchicalTopK", "JumpReLU", "Matryoshka", "Moment", "Objective", "ReLU",
-    "TopK",
+    "BatchTopK", "CoderLoss", "CrossLayer", "Gated", "HierarchicalTopK", "JumpReLU", "Matryoshka", "Moment",
+    "Objective", "ReLU", "TopK",
 ]  # fmt: skip

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codes over several dictionaries as one, and what several dictionaries write as one output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..codes import SparseCodes
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(*parts):
+        y = parts[0].to(_checks.accumulator(parts[0].dtype), copy=True)
+        for part in parts[1:]:
+            y[:, -part.shape[1] :] += part
+        return y
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.like = [(part.shape[1], part.dtype) for part in inputs]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(grad[:, -width:].to(dtype) for width, dtype in ctx.like)
+
+
+def add_up(parts: Sequence[Tensor]) -> Tensor:
+    """What the sources write, part s ``[n, (L-s)·d_out]`` for the targets from s on, as ``[n, L·d_out]`` in float32
+    (float64 for float64).
+
+    Equivalent to: ``sum(F.pad(part, (parts[0].shape[1] - part.shape[1], 0)) for part in parts)``
+    """
+    return _AddUp.apply(*parts)
+
+
+def join_codes(parts: Sequence[SparseCodes]) -> SparseCodes:
+    """Codes of the same rows over several dictionaries as codes over all their latents, in the order of `parts`.
+
+    All of fixed width (``[..., k]`` each: ``[..., Σ k]``), or all ragged. Gradients flow. Never reads from the device.
+
+    Equivalent to: ``fusae.codes_from_dense(torch.cat([part.to_dense() for part in parts], -1))``
+    """
+    m = sum(part.m for part in parts)
+    shifts = torch.tensor([0, *(part.m for part in parts)]).cumsum(0).tolist()
+    indices = [part.indices + shift for part, shift in zip(parts, shifts, strict=False)]
+    if parts[0].offsets is None:
+        return SparseCodes(torch.cat([part.values for part in parts], -1), torch.cat(indices, -1), m)
+    offsets = torch.stack([part.offsets for part in parts]).sum(0)
+    start, places = offsets[:-1], []
+    size = sum(part.values.shape[0] for part in parts)
+    for part in parts:
+        # Entry e of row r goes to e + moved[r]; what is not in use has row n and goes behind everything.
+        moved = torch.cat([start - part.offsets[:-1], start.new_zeros(1)])
+        row = part.row_ids()
+        place = torch.arange(row.shape[0], device=row.device) + moved[row]
+        places.append(torch.where(row < len(part), place, size))
+        start = start + part.offsets[1:] - part.offsets[:-1]
+    places = torch.cat(places)
+    values = torch.cat([part.values for part in parts])
+    values = values.new_zeros(size + 1).index_copy(0, places, values)[:size]
+    indices = torch.cat(indices)
+    return SparseCodes(values, indices.new_zeros(size + 1).index_copy(0, places, indices)[:size], m, offsets)
