@@ -5,6 +5,7 @@ from .language import LossMetrics, logit_effects, loss_recovered, no_next_token
 from .latents import ActivationHistograms, nearest_latents
 from .metrics import ReconstructionMetrics, measure
 from .passages import choose_latents, token_strings, top_passages, write_features
+from .recovery import best_cosines, match, mcc, mmcs, pw_mcc
 from .report import RunDirError, write_report
 
 __all__ = [
@@ -12,12 +13,17 @@ __all__ = [
     "LossMetrics",
     "ReconstructionMetrics",
     "RunDirError",
+    "best_cosines",
     "choose_latents",
     "logit_effects",
     "loss_recovered",
+    "match",
+    "mcc",
     "measure",
+    "mmcs",
     "nearest_latents",
     "no_next_token",
+    "pw_mcc",
     "token_strings",
     "top_passages",
     "write_features",
