@@ -136,6 +136,8 @@ def _parse(file: IO[bytes], name: str, column: str) -> Iterator[str | None]:
         if source is file:
             raise
         raise ValueError(f"path: {name} is no gzip file, truncated or damaged ({error})") from error
+    finally:
+        text.detach()  # who opened the file closes it
 
 
 def _parse_jsonl(lines: Iterable[str], name: str, column: str) -> Iterator[str | None]:

@@ -193,7 +193,7 @@ def tokenize(
                 for (_, ends), encoding in zip(block, batch, strict=True):
                     found.add(encoding.ids, shortest if ends else None)
                     seen += ends
-                bar.update(task, completed=found.tokens)
+                bar.update(task, completed=found.tokens if limit is None else min(found.tokens, limit * ctx))
                 if limit is not None and found.count >= limit:
                     break
     if not found.count:
