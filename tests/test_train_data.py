@@ -176,3 +176,20 @@ def test_npy_files(tmp_path):
         open_data(path)
     double = Rows(data(dtype=torch.float64)).take(slice(0, 2))
     assert double.dtype == torch.float64 and Rows(data(dtype=torch.bfloat16)).take(slice(0, 2)).dtype == torch.float32
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own():
+    one, same, other = (train(config(**fields), data(), show=False) for fields in (
+        {"seed": 3}, {"seed": 3, "data_seed": 3}, {"seed": 3, "data_seed": 4}))  # fmt: skip
+    assert same_bits(one, same) and not same_bits(one, other)
+
+
+def test_rows_mixed_in_parts(tmp_path):
+    x = data(6400)
+    chosen = config(shuffle_rows=512, epochs=1)
+    whole = train(chosen, x, show=False)
+    assert not same_bits(whole, train(config(epochs=1), x, show=False))
+    Trainer(chosen, x, tmp_path / "run", show=False).run(until=77)
+    assert same_bits(whole, Trainer(None, x, tmp_path / "run", resume=True, show=False).run())
+    with pytest.raises(ValueError, match="shuffle_rows must be at least 1, got 0"):
+        config(shuffle_rows=0)

@@ -121,7 +121,11 @@ class TrainConfig:
         "float32", "'float32', 'float64', or 'bfloat16': computed in bfloat16, parameters and moments in float32"
     )
     device: str = _field("auto", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ...")
-    seed: int = _field(0, "of the initial weights and of the order of the data")
+    seed: int = _field(0, "of the initial weights")
+    data_seed: int | None = _field(None, "of the order of the data; default: seed")
+    shuffle_rows: int | None = _field(
+        None, "rows on disk that are mixed at a time; default: all of them up to 8 GiB, else 1,048,576"
+    )
     log_every: int = _field(10, "steps between two lines of metrics.jsonl")
     tensorboard: bool = _field(False, "write metrics as TensorBoard events too, into the folder tensorboard of the run")
     checkpoint_every: int = _field(1000, "steps between two checkpoints; 0: only when the run is interrupted")
@@ -131,7 +135,7 @@ class TrainConfig:
         _fields.whole("k", self.k, 1, self.m, "m")
         for name in ("batch_size", "epochs", "init_rows", "log_every"):
             _fields.whole(name, getattr(self, name), 1)
-        for name in ("d", "tokens", "dead_window"):
+        for name in ("d", "tokens", "dead_window", "shuffle_rows"):
             if getattr(self, name) is not None:
                 _fields.whole(name, getattr(self, name), 1)
         if self.k_start is not None:
@@ -144,6 +148,8 @@ class TrainConfig:
                 )
         for name in ("seed", "checkpoint_every", "prefetch"):
             _fields.whole(name, getattr(self, name))
+        if self.data_seed is not None:
+            _fields.whole("data_seed", self.data_seed)
         if self.warmup_steps is not None:
             _fields.whole("warmup_steps", self.warmup_steps)
         if self.k_aux is not None:
@@ -216,6 +222,7 @@ class TrainConfig:
             "d": d,
             "sites": ",".join(map(str, parts)),
             "tokens": tokens,
+            "data_seed": self.seed,
             "lr": 2e-4 / math.sqrt(self.m / 2**14),
             "warmup_steps": min(1000, steps // 20),
             "k_aux": 0 if FORMS[self.form].select in UNBOUNDED else min(max(1, out // 2), self.m),

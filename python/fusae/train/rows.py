@@ -51,8 +51,10 @@ class Rows:
             part = torch.from_numpy(np.array(self.rows[index], order="C"))
         return part if part.dtype == torch.float64 else part.float()
 
-    def batches(self, batch_size: int, seed: int = 0, epochs: int | None = 1) -> Batches:
-        return Batches(self, batch_size, seed, epochs)
+    def batches(
+        self, batch_size: int, seed: int = 0, epochs: int | None = 1, shuffle_rows: int | None = None
+    ) -> Batches:
+        return Batches(self, batch_size, seed, epochs, shuffle_rows=shuffle_rows)
 
     def _fingerprint(self) -> str:
         places = np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(np.int64)

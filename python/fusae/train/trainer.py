@@ -43,7 +43,8 @@ class Trainer:
             other must be as it was.
         data: a tensor or array ``[n, d]``, a ``.npy`` path, a folder of activations, or an object with
             ``batches(batch_size, seed, epochs)`` (an iterator of ``[n, d]`` batches with `state_dict` and
-            `load_state_dict`; without a length where `config.tokens` is given) and ``shape``.
+            `load_state_dict`; without a length where `config.tokens` is given) and ``shape``. With
+            `config.shuffle_rows`, its `batches` takes that too.
         run_dir: where config.json, metrics.jsonl, the checkpoint and the finished coder go; None writes nothing.
         resume: go on from the checkpoint in `run_dir`.
         overwrite: replace a run that is in `run_dir`.
@@ -88,7 +89,9 @@ class Trainer:
         self.source = open_data(data)
         d = int(self.source.shape[1])
         every = config.tokens is not None
-        batches = self.source.batches(config.batch_size, config.seed, None if every else config.epochs)
+        seed = config.seed if config.data_seed is None else config.data_seed
+        options = {} if config.shuffle_rows is None else {"shuffle_rows": config.shuffle_rows}
+        batches = self.source.batches(config.batch_size, seed, None if every else config.epochs, **options)
         length = None if every else _length(batches)
         per_epoch = None if length is None else length // config.epochs * config.batch_size
         self.config = config = config.resolve(d, per_epoch, _sites(self.source))
