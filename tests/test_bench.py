@@ -100,7 +100,8 @@ def test_peak_memory_tells_why_it_failed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("op", "name"), [(op, name) for op, table in workloads.CONTENDERS.items() for name in table if name != "gemm"]
+    ("op", "name"),
+    [(op, name) for op, names in workloads.CONTENDERS.items() for name in names if name not in workloads.OTHER_WORK],
 )
 def test_the_contenders_of_an_op_compute_the_same(op, name):
     inputs = bench_gate.decided(workloads.make_inputs(**TINY, dtype="float64", batches=2), TINY["k"])
@@ -176,6 +177,10 @@ def test_the_gate_passes_what_is_right(op, dtype):
         ("encode_threshold", "encode_threshold_fwd", lambda out: (out[0].flip(0), *out[1:])),
         ("encode_batch_topk", "encode_batch_topk_fwd", lambda out: (*out[:3], out[3] * 1.001, *out[4:])),
         ("decode", "decode_fwd", lambda out: out * (1 + 1e-4)),
+        ("decode_loss", "decode_loss_fwd", lambda out: (out[0] * 1.001, *out[1:])),
+        ("decode_loss", "decode_loss_bwd", lambda out: (out[0], out[1], out[2] * 1.001)),
+        ("codes_from_dense", "codes_from_dense_fwd", lambda out: (-out[0], *out[1:])),
+        ("matryoshka_step", "decode_loss_bwd", lambda out: (out[0], out[1], -out[2])),
         ("backward", "decode_bwd", lambda out: (out[0], out[1], out[2] * 1.001)),
         ("backward", "encode_bwd", lambda out: (*out[:3], out[3] + 1e-3)),
         ("train_step", "decode_bwd", lambda out: (torch.zeros_like(out[0]), *out[1:])),

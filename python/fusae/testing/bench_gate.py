@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codes import SparseCodes
 from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
 from . import workloads
-from .compare import assert_grads, assert_topk, assert_within_budget, selection_band
+from .compare import assert_equal, assert_grads, assert_topk, assert_within_budget, selection_band
 from .ragged import assert_batch_topk, assert_threshold
 
 # Small and odd: no size is a multiple of a vector or of a tile.
@@ -72,11 +72,13 @@ def _compare(op: str, inputs: workloads.Inputs, exact: workloads.Inputs, backend
     for name in workloads.CONTENDERS[op]:
         if not name.startswith("fusae"):
             continue
-        calls = 3 if op in ("adam_rows", "train_step") else 1
+        calls = 3 if op in ("adam_rows", "train_step", "matryoshka_step") else 1
         runs = [(inputs, backend), (inputs, "reference"), (exact, "reference")]
         triples = zip(*(_results(op, name, data, on, calls) for data, on in runs), strict=True)
         for what, triple in zip(_PARAMETERS, triples, strict=False):
-            if op == "backward":
+            if not triple[0].is_floating_point():  # latents and offsets
+                assert_equal(triple[0], triple[1], f"{op}, {name}")
+            elif op == "backward":
                 assert_grads(*triple, f"{name}: gradient of {what}")
             else:
                 assert_within_budget(*triple, f"{op}, {name}, after {calls} calls")

@@ -1,14 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs of the benchmarks: batches of activations and a sparse coder, made up or from a file."""
+"""Inputs of the benchmarks: batches of activations and a sparse coder, made up or from a file; calls over batches."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ..codes import SparseCodes
+from ..ops import encode_topk
+
+Call = Callable[[], object]
+Build = Callable[["Inputs", int, str], Call]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +111,24 @@ def make_inputs(
         raise ValueError(f"k must be between 1 and m = {m}, got {k}")
     made = planted(n, d, m, k, batches=batches) if data is None else activations(data, n, d, m, batches=batches)
     return made.to(torch.device(device), getattr(torch, dtype))
+
+
+def over(xs: list, call: Callable) -> Call:
+    """A call without arguments that takes the next of `xs` each time, round and round."""
+    following = itertools.cycle(xs)
+    return lambda: call(next(following))
+
+
+def select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values, indices = torch.topk(F.linear(x, W_enc, b_enc), k)
+    return values.relu(), indices
+
+
+def codes_of(inputs: Inputs, k: int) -> list[SparseCodes]:
+    """Codes of every batch, a few rows at a time. Selected from float32 sums: the same latents in every dtype."""
+    made, bias = [], inputs.bias
+    for x in inputs.xs:
+        parts = [encode_topk(rows, inputs.W_enc, bias, k) for rows in x.split(128)]
+        values, indices = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "indices"))
+        made.append(SparseCodes(values, indices, inputs.W_enc.shape[0]))
+    return made

@@ -18,40 +18,28 @@ from torch.nn import functional as F
 from .. import _dispatch, reference
 from ..codes import SparseCodes
 from ..nn import SparseCoder, SparseCoderConfig
-from ..ops import adam_rows_, decode, encode_batch_topk, encode_threshold, encode_topk
+from ..ops import adam_rows_, decode, decode_loss, encode_batch_topk, encode_threshold, encode_topk
 from ..optim import Adam
-from .bench_inputs import Inputs, activations, make_inputs, planted  # noqa: F401
+from .bench_inputs import (  # noqa: F401
+    Build,
+    Call,
+    Inputs,
+    activations,
+    codes_of,
+    make_inputs,
+    over,
+    planted,
+    select,
+)  # fmt: skip
+from .bench_losses import error_after, error_within, from_dense, loss_and_gradients, nonzero_fusae, nonzero_torch
 
 LR = 1e-4
-Call = Callable[[], object]
-Build = Callable[["Inputs", int, str], Call]
-
-
-def _over(xs: list, call: Callable) -> Call:
-    """A call without arguments that takes the next of `xs` each time, round and round."""
-    following = itertools.cycle(xs)
-    return lambda: call(next(following))
-
-
-def _select(x: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    values, indices = torch.topk(F.linear(x, W_enc, b_enc), k)
-    return values.relu(), indices
-
-
-def _codes(inputs: Inputs, k: int) -> list[SparseCodes]:
-    """Codes of every batch, a few rows at a time."""
-    made, bias = [], inputs.bias
-    for x in inputs.xs:
-        parts = [_select(rows, inputs.W_enc, bias, k) for rows in x.split(128)]
-        values, indices = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        made.append(SparseCodes(values, indices.to(torch.int32), inputs.W_enc.shape[0]))
-    return made
 
 
 def _gemm(inputs: Inputs, k: int, backend: str) -> Call:
     """The encoder's matrix product alone, into memory that is already there."""
     out = inputs.xs[0].new_empty(inputs.xs[0].shape[0], inputs.W_enc.shape[0])
-    return _over(inputs.xs, lambda x: torch.mm(x, inputs.W_enc.T, out=out))
+    return over(inputs.xs, lambda x: torch.mm(x, inputs.W_enc.T, out=out))
 
 
 def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
@@ -61,12 +49,12 @@ def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
         codes = encode_topk(x, inputs.W_enc, bias, k, backend=backend)
         return codes.values, codes.indices
 
-    return _over(inputs.xs, call)
+    return over(inputs.xs, call)
 
 
 def _encode_torch(inputs: Inputs, k: int, backend: str) -> Call:
     bias = inputs.bias
-    return _over(inputs.xs, lambda x: _select(x, inputs.W_enc, bias, k))
+    return over(inputs.xs, lambda x: select(x, inputs.W_enc, bias, k))
 
 
 def threshold_of(inputs: Inputs, k: int) -> Tensor:
@@ -84,7 +72,7 @@ def _threshold_fusae(inputs: Inputs, k: int, backend: str) -> Call:
         codes = encode_threshold(x, inputs.W_enc, bias, threshold, backend=backend)
         return codes.values, codes.indices, codes.offsets
 
-    return _over(inputs.xs, call)
+    return over(inputs.xs, call)
 
 
 def _threshold_torch(inputs: Inputs, k: int, backend: str) -> Call:
@@ -96,7 +84,7 @@ def _threshold_torch(inputs: Inputs, k: int, backend: str) -> Call:
         rows, latents = above.nonzero(as_tuple=True)
         return pre[rows, latents], latents, F.pad(above.sum(1).cumsum(0), (1, 0))
 
-    return _over(inputs.xs, call)
+    return over(inputs.xs, call)
 
 
 def _batch_fusae(inputs: Inputs, k: int, backend: str) -> Call:
@@ -106,7 +94,7 @@ def _batch_fusae(inputs: Inputs, k: int, backend: str) -> Call:
         codes, smallest = encode_batch_topk(x, inputs.W_enc, bias, k, backend=backend)
         return codes.values, codes.indices, codes.offsets, smallest
 
-    return _over(inputs.xs, call)
+    return over(inputs.xs, call)
 
 
 def _batch_torch(inputs: Inputs, k: int, backend: str) -> Call:
@@ -120,22 +108,22 @@ def _batch_torch(inputs: Inputs, k: int, backend: str) -> Call:
         offsets = F.pad(torch.bincount(rows, minlength=len(x)).cumsum(0), (1, 0))
         return pre.flatten()[order], latents, offsets, values[values > 0].min()
 
-    return _over(inputs.xs, call)
+    return over(inputs.xs, call)
 
 
 def _decode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    return _over(_codes(inputs, k), lambda codes: decode(codes, inputs.W_dec, inputs.b_dec, backend=backend))
+    return over(codes_of(inputs, k), lambda codes: decode(codes, inputs.W_dec, inputs.b_dec, backend=backend))
 
 
 def _decode_bag(inputs: Inputs, k: int, backend: str) -> Call:
-    return _over(_codes(inputs, k), lambda codes: _bag(codes.values, codes.indices, inputs.W_dec, inputs.b_dec))
+    return over(codes_of(inputs, k), lambda codes: _bag(codes.values, codes.indices, inputs.W_dec, inputs.b_dec))
 
 
 def _decode_dense(inputs: Inputs, k: int, backend: str) -> Call:
     def call(codes: SparseCodes) -> Tensor:
         return torch.addmm(inputs.b_dec, codes.to_dense(), inputs.W_dec)
 
-    return _over(_codes(inputs, k), call)
+    return over(codes_of(inputs, k), call)
 
 
 def _bag(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
@@ -158,7 +146,7 @@ def forward_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec:
 
 def forward_bag(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
     """The same with ``torch.nn.functional.embedding_bag`` as the decoder."""
-    values, indices = _select(x, W_enc, b_enc - W_enc @ b_dec, k)
+    values, indices = select(x, W_enc, b_enc - W_enc @ b_dec, k)
     return _bag(values, indices, W_dec, b_dec)
 
 
@@ -233,7 +221,7 @@ def train_step(inputs: Inputs, loss_of: Callable[[Tensor], Tensor], optimizer: t
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    return _over(inputs.xs, call)
+    return over(inputs.xs, call)
 
 
 def squared_error(y: Tensor, x: Tensor) -> Tensor:
@@ -278,12 +266,51 @@ def _train_coder(inputs: Inputs, k: int, backend: str) -> Call:
     return train_step(inputs, loss_of, optimizer)
 
 
+def prefixes_of(m: int) -> list[int]:
+    """The five nested dictionaries of the Matryoshka benchmark: m/16, m/8, m/4, m/2, m."""
+    return [m >> i for i in (4, 3, 2, 1, 0)]
+
+
+def _matryoshka_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    leaves = _leaves(inputs)
+    optimizer = Adam(leaves, lr=LR, backend=backend)
+    prime(optimizer)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    prefixes = prefixes_of(len(W_dec))
+
+    def loss_of(x: Tensor) -> Tensor:
+        codes = encode_topk(x - b_dec, W_enc, b_enc, k, backend=backend, sparse_grad=True)
+        return decode_loss(codes, W_dec, b_dec, x, prefixes, sparse_grad=True, backend=backend).loss / len(x)
+
+    return train_step(inputs, loss_of, optimizer)
+
+
+def _matryoshka_torch(inputs: Inputs, k: int, backend: str) -> Call:
+    leaves = _leaves(inputs)
+    optimizer = torch.optim.Adam(leaves, lr=LR, fused=True)
+    prime(optimizer)
+    W_enc, b_enc, W_dec, b_dec = leaves
+
+    def loss_of(x: Tensor) -> Tensor:
+        pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)
+        values, indices = torch.topk(pre, k)
+        dense = torch.zeros_like(pre).scatter(1, indices, values.relu())
+        return sum(squared_error(dense[:, :p] @ W_dec[:p] + b_dec, x) for p in prefixes_of(len(W_dec)))
+
+    return train_step(inputs, loss_of, optimizer)
+
+
 #: op -> contender -> builder. The contenders whose name starts with "fusae" run on the backend they are given.
 CONTENDERS: dict[str, dict[str, Build]] = {
     "encode_topk": {"gemm": _gemm, "fusae": _encode_fusae, "torch mm + topk": _encode_torch},
     "encode_threshold": {"gemm": _gemm, "fusae": _threshold_fusae, "torch mm + nonzero": _threshold_torch},
     "encode_batch_topk": {"gemm": _gemm, "fusae": _batch_fusae, "torch mm + topk": _batch_torch},
     "decode": {"embedding_bag": _decode_bag, "fusae": _decode_fusae, "dense matmul": _decode_dense},
+    "decode_loss": {
+        "decode + error": loss_and_gradients(error_after),
+        "fusae": loss_and_gradients(error_within),
+    },
+    "codes_from_dense": {"torch nonzero": from_dense(nonzero_torch), "fusae": from_dense(nonzero_fusae)},
     "backward": {
         "plain torch": lambda inputs, k, backend: _backward(forward_dense, inputs, k),
         "fusae": lambda inputs, k, backend: _backward(_forward_fusae(backend, False), inputs, k),
@@ -298,13 +325,19 @@ CONTENDERS: dict[str, dict[str, Build]] = {
         "plain torch": _train_torch(forward_dense),
         "torch embedding_bag": _train_torch(forward_bag),
     },
+    "matryoshka_step": {"top-k step": _train_ops, "fusae": _matryoshka_fusae, "plain torch": _matryoshka_torch},
 }
+#: Contenders that do other work than the op beside which they run.
+OTHER_WORK = frozenset({"gemm", "top-k step"})
 BASELINE = {op: next(iter(builders)) for op, builders in CONTENDERS.items()}
 MODE = {
     "encode_topk": "fwd",
     "encode_threshold": "fwd",
     "encode_batch_topk": "fwd",
     "decode": "fwd",
+    "decode_loss": "step",
+    "codes_from_dense": "fwd",
+    "matryoshka_step": "step",
     "backward": "bwd",
     "adam_rows": "step",
     "train_step": "step",
@@ -315,6 +348,9 @@ _RAW = {
     "encode_threshold": ("encode_threshold_fwd",),
     "encode_batch_topk": ("encode_batch_topk_fwd",),
     "decode": ("decode_fwd",),
+    "decode_loss": ("decode_fwd", "decode_bwd", "decode_loss_fwd", "decode_loss_bwd"),
+    "codes_from_dense": ("codes_from_dense_fwd",),
+    "matryoshka_step": (*_GRADIENTS, "decode_loss_fwd", "decode_loss_bwd", "adam_rows_"),
     "backward": _GRADIENTS,
     "adam_rows": ("adam_rows_",),
     "train_step": (*_GRADIENTS, "adam_rows_"),
@@ -360,8 +396,11 @@ def cost(op: str, n: int, d: int, m: int, k: int, itemsize: int) -> tuple[int, i
         "encode_threshold": encode,
         "encode_batch_topk": encode,
         "decode": (sparse, rows + d * itemsize + codes + x),
+        "decode_loss": (3 * sparse, 2 * rows + 3 * x + 2 * codes),
+        "codes_from_dense": (n * m, n * m * itemsize + codes),
         "backward": (3 * sparse, rows + 2 * x + codes + 2 * matrix + (m + d) * itemsize),
         "adam_rows": (adam, 3 * matrix + moments),
         "train_step": (encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)),
+        "matryoshka_step": (encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)),
     }
     return table[op]
