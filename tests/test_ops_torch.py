@@ -33,7 +33,10 @@ def _raw_calls(target: Target):
         wanted = ("topk-n37-m96", "encode_topk-n36", "encode_topk-n37-d64-m5000-k16-aux_all",
                   "decode-n36", "decode-n5-d7-m63-k1-normal-ragged", "adam_rows_-m300-d96-masked",
                   "decode_loss-n36", "decode_loss-n5-d7-m63-k1-normal-ragged", "codes_from_dense-n5-",
-                  "codes_from_dense-n37-m96-normal-density0.1-capacity", "adam_rows_-m1-")  # fmt: skip
+                  "codes_from_dense-n37-m96-normal-density0.1-capacity", "adam_rows_-m1-",
+                  "encode_threshold-n36", "encode_threshold-n199-d64-m257", "encode_threshold-n19-d96-m300",
+                  "encode_threshold-n0", "encode_batch_topk-n36", "encode_batch_topk-n37-d7", "encode_batch_topk-n0",
+                  "encode_topk-n36-d7-m96-k4-group")  # fmt: skip
         for case in CASES:
             if not str(case).startswith(wanted):
                 continue
@@ -45,6 +48,8 @@ def _raw_calls(target: Target):
             for name in ("pre", "f"):
                 if name in inputs:
                     inputs[name].requires_grad_()
+            if "bandwidth" in inputs and isinstance(inputs["threshold"], torch.Tensor):
+                inputs["threshold"].requires_grad_()
             with target.active():
                 for extra in ({}, {"sparse_grad": True}) if "W_enc" in inputs or "W_dec" in inputs else ({},):
                     out = case.call({**inputs, **extra})
@@ -91,14 +96,34 @@ def _parameters(m=40, d=8):
     return [t.requires_grad_() for t in (torch.randn(m, d), torch.randn(m), torch.randn(m, d), torch.randn(d))]
 
 
+def _batch_step(x, W_enc, b_enc, W_dec, b_dec, k):
+    codes, smallest, aux = fusae.encode_batch_topk(x, W_enc, b_enc, k, aux_mask=b_enc > 0, k_aux=2 * k)
+    return fusae.decode(codes, W_dec, b_dec), codes.values + smallest, codes.indices, aux.values
+
+
+def _threshold_step(x, W_enc, b_enc, W_dec, b_dec, k):
+    threshold = b_enc.abs()  # stands for a parameter; k entries of storage for each latent
+    codes, l0 = fusae.encode_threshold(x, W_enc, b_enc, threshold, bandwidth=0.5, capacity=40 * len(x))
+    return fusae.decode(codes, W_dec, b_dec), codes.values + k, codes.indices, l0
+
+
+def _group_step(x, W_enc, b_enc, W_dec, b_dec, k):
+    codes = fusae.encode_topk(x, W_enc, b_enc, 8, select="group_max")
+    return fusae.decode(codes, W_dec, b_dec), codes.values * k, codes.indices
+
+
+STEPS = {"main": _step, "aux": _aux_step, "topk": _topk_step, "batch": _batch_step, "threshold": _threshold_step,
+         "group": _group_step}  # fmt: skip
+
+
 @each_target
-@pytest.mark.parametrize("step", [_step, _aux_step, _topk_step], ids=["main", "aux", "topk"])
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS.keys())
 def test_compile_whole_graph_once_for_all_sizes(target, step):
     """``fullgraph=True``, one compilation for every n and k, same bits as eager, forward and backward."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
-    parameters = _parameters()
+    parameters, graphs = _parameters(), set()
     with target.active():
         for n, k in ((5, 3), (9, 3), (9, 4), (33, 7)):
             x = torch.randn(n, 8)
@@ -111,7 +136,27 @@ def test_compile_whole_graph_once_for_all_sizes(target, step):
                 strict=True,
             ):
                 assert_equal(a, b)
-    assert counter.frame_count == 1
+            graphs.add(counter.frame_count)
+    # A float argument makes dynamo trace twice before it compiles once.
+    assert graphs == {2 if step is _threshold_step else 1}
+
+
+@each_target
+def test_compile_with_as_many_entries_as_there_are(target):
+    """Without a capacity the number of entries is known when the op has run: still one graph."""
+
+    def step(x, W_enc, b_enc, W_dec, b_dec):
+        codes = fusae.encode_threshold(x, W_enc, b_enc, 1.0)
+        return fusae.decode(codes, W_dec, b_dec), codes.values.sum()
+
+    torch._dynamo.reset()
+    parameters = _parameters()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    with target.active():
+        for n in (5, 9):
+            x = torch.randn(n, 8)
+            for a, b in zip(compiled(x, *parameters), step(x, *parameters), strict=True):
+                assert_equal(a, b)
 
 
 def test_compile_bad_arguments_still_raise():

@@ -31,6 +31,21 @@ def _encode_aux(x, W, b):
     return codes.values, codes.indices, aux.values, aux.indices
 
 
+def _batch_topk(x, W, b):
+    codes, smallest, aux = fusae.encode_batch_topk(x, W, b, K, aux_mask=torch.arange(M) % 3 == 0, k_aux=6)
+    return codes.values, aux.values, codes.indices, aux.indices, codes.offsets, smallest
+
+
+def _threshold(x, W, b):
+    codes, l0 = fusae.encode_threshold(x, W, b, 3.0, bandwidth=4.0, capacity=N * M)
+    return codes.values, l0, codes.indices, codes.offsets
+
+
+def _group_max(x, W, b):
+    codes = fusae.encode_topk(x, W, b, K, select="group_max")
+    return codes.values, codes.indices
+
+
 def _decode(values, indices, W, b):
     return (fusae.decode(SparseCodes(values, indices, M), W, b),)
 
@@ -53,6 +68,11 @@ CASES = {
     "encode, weights": (_encode, (_ints(N, D), _ints(B, M, D), _ints(M)), (None, 0, None)),
     "encode, all": (_encode, (_ints(B, N, D), _ints(M, D, B), _ints(B, M)), (0, 2, 0)),
     "encode, aux": (_encode_aux, (_ints(B, N, D), _ints(M, D), _ints(M)), (0, None, None)),
+    "group_max": (_group_max, (_ints(B, N, D), _ints(M, D), _ints(M)), (0, None, None)),
+    "batch top-k": (_batch_topk, (_ints(B, N, D), _ints(M, D), _ints(M)), (0, None, None)),
+    "batch top-k, weights": (_batch_topk, (_ints(N, D), _ints(B, M, D), _ints(M)), (None, 0, None)),
+    "threshold": (_threshold, (_ints(B, N, D), _ints(M, D), _ints(M)), (0, None, None)),
+    "threshold, all": (_threshold, (_ints(B, N, D), _ints(M, D, B), _ints(B, M)), (0, 2, 0)),
     "decode": (_decode, (_ints(B, N, K), _indices(B), _ints(M, D), _ints(D)), (0, 0, None, None)),
     "decode, values": (_decode, (_ints(B, N, K), _indices(), _ints(M, D), _ints(D)), (0, None, None, None)),
     "decode, indices": (_decode, (_ints(N, K), _indices(B), _ints(M, D), _ints(D)), (None, 0, None, None)),
@@ -139,6 +159,8 @@ def test_what_vmap_cannot_do(target):
     with target.active():
         with pytest.raises(RuntimeError, match="row-sparse gradients differ in size.* use sparse_grad=False"):
             vmap(grad(lambda W, x: fusae.encode_topk(x, W, None, K, sparse_grad=True).values.sum()), (None, 0))(W, x)
+        with pytest.raises(RuntimeError, match="encode_threshold_fwd differ in size .*give a capacity"):
+            vmap(lambda x: fusae.encode_threshold(x, W, None, 3.0).values)(x)
         codes = fusae.topk(_ints(N, M), K)
         with pytest.raises(RuntimeError, match="vmap of decode_fwd over .'W_dec'. needs at least one element"):
             vmap(lambda W: fusae.decode(codes, W))(_ints(0, M, D))

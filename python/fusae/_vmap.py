@@ -42,6 +42,11 @@ def rule(op: Callable[..., Any], rows: tuple[str, ...]) -> Callable[..., Any]:
         calls = [op(*(a[b] if i in over else a for i, a in enumerate(args)), **kwargs) for b in range(info.batch_size)]
         if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
+        if any(part.shape != first.shape for call in calls for part, first in zip(call, calls[0], strict=True)):
+            raise RuntimeError(
+                f"the results of {op._opname} differ in size from one element to the next, so vmap cannot stack them; "
+                "give a capacity, a storage of the same size for all"
+            )
         return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
     return batched
