@@ -89,7 +89,11 @@ def _checked(about: dict[str, Any]) -> TrainConfig:
         raise ValueError("'config': tokens must be given, got none")
     _fields.whole("'step'", about["step"], 0, config.steps, "the run's steps")
     _fields.number("'seconds'", about["seconds"])
-    _fields.number("'variance'", about["variance"], above=True)
+    cross_layer = config.architecture == "cross_layer"
+    if cross_layer and (not isinstance(about["variance"], list) or len(about["variance"]) != config.layers):
+        raise ValueError(f"'variance' must be {config.layers} numbers, got {about['variance']!r}")
+    for variance in about["variance"] if cross_layer else [about["variance"]]:
+        _fields.number("'variance'", variance, above=True)
     if not isinstance(about["scales"], list) or len(about["scales"]) != len(config.parts):
         raise ValueError(f"'scales' must be {len(config.parts)} numbers, got {about['scales']!r}")
     for scale in about["scales"]:

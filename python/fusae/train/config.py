@@ -28,7 +28,8 @@ class TrainConfig:
     architecture: str = _field(
         "autoencoder",
         "'autoencoder'; 'transcoder' or 'skip_transcoder' from the first part of a row to the second; 'crosscoder' of "
-        "all parts of a row",
+        "all parts of a row; 'cross_layer' from the parts of the first half (a layer's input each) to those of the "
+        "second half (the layers' targets), with m and k of each layer",
     )
     sites: str | None = _field(
         None, "widths of the parts of a row, as '576,576'; default: of the sites that the activations were taken from"
@@ -210,7 +211,14 @@ class TrainConfig:
         parts = widths_of("sites", self.sites) or sites or (d,)
         if sum(parts) != d:
             raise ValueError(f"sites must add up to the width of the data, {d}, got {self.sites}")
-        if self.is_transcoder and len(parts) != 2:
+        if self.architecture == "cross_layer":
+            half = len(parts) // 2
+            if len(parts) % 2 or len({*parts[:half]}) > 1 or len({*parts[half:]}) > 1:
+                raise ValueError(
+                    "sites must be the widths of the inputs of all layers of a cross-layer transcoder, all the same, "
+                    f"and then of their targets, all the same, got {list(parts)}; take the activations at those sites"
+                )
+        if self.is_transcoder and self.architecture != "cross_layer" and len(parts) != 2:
             raise ValueError(
                 f"sites must be the widths of input and target of a {self.architecture}, got {list(parts)}; take the "
                 "activations at two sites, or give the widths"
@@ -241,7 +249,18 @@ class TrainConfig:
 
     @property
     def is_transcoder(self) -> bool:
-        return self.architecture in ("transcoder", "skip_transcoder")
+        """Whether the first half of the parts of a row is the input and the second half the target."""
+        return self.architecture in ("transcoder", "skip_transcoder", "cross_layer")
+
+    @property
+    def layers(self) -> int:
+        """Layers that have m latents each, of a resolved configuration."""
+        return len(self.parts) // 2 if self.architecture == "cross_layer" else 1
+
+    @property
+    def input_width(self) -> int:
+        """Of the part of a row that is encoded, of a resolved configuration."""
+        return sum(self.parts[: len(self.parts) // 2]) if self.is_transcoder else self.d
 
     @property
     def parts(self) -> tuple[int, ...]:

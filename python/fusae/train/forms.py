@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..nn import SparseCoderConfig, objectives
+from ..nn import CrossLayerConfig, CrossLayerTranscoder, SparseCoder, SparseCoderConfig, objectives
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-ARCHITECTURES = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
+ARCHITECTURES = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder", "cross_layer")
 PENALTIES = ("l0", "l0_squared", "l0_mean_squared", "tanh")
 
 
@@ -41,6 +41,8 @@ FORMS = {
     "gated": Form("relu", uses=("sparsity",)),
 }
 UNBOUNDED = ("relu", "threshold")
+# What a cross-layer transcoder can be trained as.
+_CROSS_LAYER = ("topk", "batch_topk", "relu", "jumprelu")
 # Fields that do nothing except with some forms, and the value that means "not given".
 _SPECIAL = {
     "multi_topk": 0.0, "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": None,
@@ -60,6 +62,12 @@ def check_form(config: TrainConfig) -> None:
         for name in ("k_aux", "k_start"):
             if getattr(config, name):
                 raise ValueError(f"{name} must not be given with form {config.form!r}, got {getattr(config, name)}")
+    if config.architecture == "cross_layer":
+        if config.form not in _CROSS_LAYER:
+            forms = ", ".join(map(repr, _CROSS_LAYER))
+            raise ValueError(f"form must be one of {forms} with architecture 'cross_layer', got {config.form!r}")
+        if config.multi_topk:
+            raise ValueError(f"multi_topk must be 0 with architecture 'cross_layer', got {config.multi_topk}")
     widths_of("sites", config.sites)
     prefixes_of(config)
     if config.form == "group_max" and config.m % config.k:
@@ -91,9 +99,28 @@ def prefixes_of(config: TrainConfig) -> tuple[int, ...]:
     return widths if widths[-1] == config.m else (*widths, config.m)
 
 
-def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig:
-    """The coder that a resolved configuration trains, of inputs as they are scaled in training."""
+def new_coder(config: TrainConfig, m: int | None = None, **options: Any) -> SparseCoder | CrossLayerTranscoder:
+    """The coder that a resolved configuration trains (or one with `m` latents), of inputs as they are scaled in
+    training."""
+    kind = CrossLayerTranscoder if config.architecture == "cross_layer" else SparseCoder
+    return kind(coder_config(config, m), **options)
+
+
+def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig | CrossLayerConfig:
+    """Its configuration."""
     form, parts = FORMS[config.form], config.parts
+    if config.architecture == "cross_layer":
+        return CrossLayerConfig(
+            config.layers,
+            parts[0],
+            m or config.m,
+            config.k,
+            select=form.select,
+            select_by_norm=config.select_by_norm,
+            k_aux=config.k_aux,
+            dtype="float32" if config.dtype == "bfloat16" else config.dtype,
+            d_out=parts[-1],
+        )
     return SparseCoderConfig(
         parts[0] if config.is_transcoder else config.d,
         m or config.m,
@@ -113,6 +140,11 @@ def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig
 
 def objective(config: TrainConfig, m: int | None = None) -> objectives.Objective:
     """The training loss of a resolved configuration (of a coder with `m` latents)."""
+    form = _objective(config, m)
+    return objectives.CrossLayer(form) if config.architecture == "cross_layer" else form
+
+
+def _objective(config: TrainConfig, m: int | None) -> objectives.Objective:
     aux = config.aux_coefficient
     if config.form == "batch_topk":
         return objectives.BatchTopK(aux, config.threshold_decay)
@@ -129,6 +161,7 @@ def objective(config: TrainConfig, m: int | None = None) -> objectives.Objective
     if config.form == "jumprelu":
         return objectives.JumpReLU(
             config.penalty, config.sparsity, config.bandwidth, config.straight_through,
+            tanh_scale=4 * config.parts[-1] ** 0.5 if config.architecture == "cross_layer" else None,
             preact_coefficient=config.preact_coefficient,
         )  # fmt: skip
     return objectives.TopK(aux, config.multi_topk)

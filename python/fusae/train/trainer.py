@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.native import FormatError
-from ..nn import CoderLoss, DeadLatents, Moment, SparseCoder
+from ..nn import CoderLoss, CrossLayerTranscoder, DeadLatents, Moment, SparseCoder
 from ..nn.init import init_thresholds_, unit_rows_
 from ..nn.objectives.nested import nested_terms
 from ..optim import Adam
@@ -25,7 +25,7 @@ from . import checkpoint
 from .average import WeightAverage
 from .config import TrainConfig
 from .feed import Feed
-from .forms import coder_config, objective, prefixes_of
+from .forms import new_coder, objective, prefixes_of
 from .interrupt import interruptible
 from .measure import Scaling, measure
 from .metrics import Interval, MetricsLog, check_tensorboard
@@ -108,15 +108,16 @@ class Trainer:
         self.objective = objective(config)
         new = found is None
         seed = config.seed if new else None
-        self.coder = SparseCoder(coder_config(config), seed=seed, device=self.device, sparse_grad=True)
+        self.coder = new_coder(config, seed=seed, device=self.device, sparse_grad=True)
         self.optimizer = _optimizer(self.coder, config)
-        self.dead = DeadLatents(config.m, config.dead_window, self.device)
+        self.dead = DeadLatents(config.layers * config.m, config.dead_window, self.device)
         self.average = WeightAverage(self.coder, config.ema) if config.ema else None
         if new:
             rows = min(config.init_rows, self.source.shape[0] or config.init_rows, config.tokens)
             self.scaling = measure(config, self.feed.peek(rows), self.coder)
             if config.form == "jumprelu":
-                init_thresholds_(self.coder, config.threshold_init)
+                for part in getattr(self.coder, "sources", [self.coder]):
+                    init_thresholds_(part, config.threshold_init)
         else:
             self._resume(found)
         if self.run_dir is not None:
@@ -145,8 +146,8 @@ class Trainer:
     def train_step(self, x: Tensor) -> CoderLoss:
         """One step on a batch ``[n, d]`` of plain rows: loss, gradients, optimiser, counters. No host sync."""
         config, coder = self.config, self.coder
-        x = self.scaling.apply(x.to(self.device, coder.W_dec.dtype, non_blocking=True))
-        d = coder.config.d
+        x = self.scaling.apply(x.to(self.device, coder.b_dec.dtype, non_blocking=True))
+        d = config.input_width
         x, target = (x[:, :d], x[:, d:]) if config.is_transcoder else (x, x)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
@@ -201,7 +202,9 @@ class Trainer:
             "dropped": self.feed.dropped,
         }
 
-    def run(self, until: int | None = None, on_log: Callable[[dict[str, Any]], None] | None = None) -> SparseCoder:
+    def run(
+        self, until: int | None = None, on_log: Callable[[dict[str, Any]], None] | None = None
+    ) -> SparseCoder | CrossLayerTranscoder:
         """Train to the end, or to step `until`; Ctrl-C or SIGTERM finishes the step, saves, and returns.
 
         Args:
@@ -315,25 +318,24 @@ class Trainer:
     def _advice(self) -> str:
         return f"lower lr (now {self.config.lr:g}), set clip_norm, or look for extreme rows in the data"
 
-    def export(self) -> SparseCoder:
-        """The coder of plain inputs, with the averaged weights where there are any: scale and centre folded into the
-        biases. Shares the two weight matrices where they are not averaged.
+    def export(self) -> SparseCoder | CrossLayerTranscoder:
+        """The coder of plain inputs, with the averaged weights where there are any: scale and centre are folded in. An
+        autoencoder shares its two weight matrices where they are not averaged.
 
         An average of unit decoder rows is a little shorter: with `unit_decoder` its rows are brought back to unit norm.
         """
-        coder = copy.copy(self.coder)
-        coder._parameters = dict(self.coder._parameters)
-        coder._buffers = {name: value.clone() for name, value in self.coder._buffers.items()}
-        # Folding the scale of an autoencoder's rows leaves its matrices as they are.
-        shared = ("W_enc", "W_dec") if len(self.scaling.widths) == 1 else ()
-        own = ((name, p) for name, p in self.coder.named_parameters() if name not in shared)
-        weights = {name: p.detach().clone() for name, p in own}
+        named, weights = dict(self.coder.named_parameters()), {}
         if self.average is not None and self.average.steps:
-            weights = self.average.weights()
-            if self.config.unit_decoder:
-                unit_rows_(weights["W_dec"])
-        for name, value in weights.items():
-            coder._parameters[name] = nn.Parameter(value)
+            weights = {name: nn.Parameter(value) for name, value in self.average.weights().items()}
+            for name, weight in weights.items():
+                if self.config.unit_decoder and name.endswith("W_dec"):
+                    unit_rows_(weight.data)
+        elif (
+            len(self.scaling.widths) == 1
+        ):  # folding the scale of an autoencoder's rows leaves its matrices as they are
+            weights = {name: named[name] for name in ("W_enc", "W_dec")}
+        # What is not replaced is copied.
+        coder = copy.deepcopy(self.coder, {id(named[name]): weight for name, weight in weights.items()})
         coder.sparse_grad = False
         coder.eval()
         return self.scaling.fold_into(coder)
@@ -360,13 +362,13 @@ def _try_ops(config: TrainConfig, device: torch.device) -> list[str]:
     """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here.
 
     Returns the names of the further terms of the loss."""
-    shape = coder_config(config, max(config.k, config.k_aux))
-    coder = SparseCoder(shape, device=device, sparse_grad=True)
-    asks = shape.k_aux or config.preact_coefficient
-    dead = torch.ones(shape.m, dtype=torch.bool, device=device) if asks else None
-    x, target = (torch.ones(2, w, dtype=shape.torch_dtype, device=device) for w in (shape.d, shape.output_width))
+    m = max(config.k, config.k_aux)
+    coder = new_coder(config, m, device=device, sparse_grad=True)
+    asks = config.k_aux or config.preact_coefficient
+    dead = torch.ones(config.layers * m, dtype=torch.bool, device=device) if asks else None
+    x, target = (coder.b_dec.new_ones(2, width) for width in (config.input_width, coder.b_dec.numel()))
     with _autocast(config, device):
-        result = objective(config, shape.m)(coder, x, target, Moment(dead, variance=1.0))
+        result = objective(config, m)(coder, x, target, Moment(dead, variance=1.0))
     result.loss.backward()
     _optimizer(coder, config).step()
     if config.form == "matryoshka":  # named by its prefixes, which were cut to the few latents here
@@ -374,14 +376,15 @@ def _try_ops(config: TrainConfig, device: torch.device) -> list[str]:
     return list(result.terms)
 
 
-def _optimizer(coder: SparseCoder, config: TrainConfig) -> Adam:
-    masked = config.optimizer == "masked"
-    unit = config.unit_decoder
+def _optimizer(coder: SparseCoder | CrossLayerTranscoder, config: TrainConfig) -> Adam:
+    masked, unit = config.optimizer == "masked", config.unit_decoder
+    named = list(coder.named_parameters())
     groups = [
-        {"params": [coder.W_enc], "masked": masked},
-        {"params": [coder.W_dec], "masked": masked, "project": unit, "renormalise": unit},
-        {"params": [p for name, p in coder.named_parameters() if name not in ("W_enc", "W_dec")]},
-    ]
+        {"params": [p for name, p in named if name.endswith("W_enc")], "masked": masked},
+        {"params": [p for name, p in named if name.endswith("W_dec")], "masked": masked, "project": unit,
+         "renormalise": unit},
+        {"params": [p for name, p in named if not name.endswith(("W_enc", "W_dec"))]},
+    ]  # fmt: skip
     return Adam(groups, config.lr, (config.beta1, config.beta2), config.eps)
 
 
