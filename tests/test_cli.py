@@ -254,3 +254,17 @@ def test_traceback_on_request(tmp_path):
 def test_unknown_option(capsys):
     status, _, said = run(capsys, "train", "--learning-rate", "1")
     assert status == 2 and "--learning-rate" in said
+
+
+def test_a_preset_on_the_command_line_and_in_a_file(capsys, tmp_path, rows):
+    _, printed, _ = run(capsys, "config", "--m", "64", "--preset", "batch-topk")
+    assert printed.startswith("# batch-topk: ") and 'form = "batch_topk"' in printed
+    (tmp_path / "run.toml").write_text('m = 64\nk = 3\npreset = "jumprelu"\nbatch_size = 32\n')
+    arguments = ["train", str(tmp_path / "run.toml"), "--data", rows, "--quiet", "--out"]
+    run(capsys, *arguments, str(tmp_path / "file"))
+    run(capsys, *arguments, str(tmp_path / "option"), "--preset", "batch-topk", "--form", "matryoshka")
+    found = [json.loads((tmp_path / name / "config.json").read_text())["train"] for name in ("file", "option")]
+    assert (found[0]["form"], found[0]["beta1"]) == ("jumprelu", 0.0)
+    assert (found[1]["form"], found[1]["clip_norm"]) == ("matryoshka", 1.0)
+    status, _, said = run(capsys, *arguments, str(tmp_path / "none"), "--preset", "best")
+    assert status == 1 and "preset must be one of 'topk'" in said

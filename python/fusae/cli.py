@@ -56,16 +56,19 @@ def report(
 @app.command()
 def config(
     m: Annotated[int, typer.Option(help="latents (dictionary size)")] = 16384,
+    preset: Annotated[
+        str | None, typer.Option(help="a published recipe, as of `fusae train`", show_default=False)
+    ] = None,
 ) -> None:
     """Print a configuration file for `fusae train`, every field explained."""
     from .pipeline import example
 
-    print(example(m), end="")
+    print(example(m, preset), end="")
 
 
 app.command(
     "train",
-    help="Train a top-k sparse autoencoder: from text, through a language model, to a report; or on rows of "
+    help="Train a sparse dictionary: from text, through a language model, to a report; or on rows of "
     "activations. Ctrl-C saves it for --resume.",
 )(with_fields(train))
 app.command("eval", help=evaluate.__doc__)(evaluate)

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..train.presets import PRESETS
+
 
 def train(
     file: Annotated[
@@ -35,6 +37,10 @@ def train(
         Path | None,
         typer.Option(help="directory of the run: config, metrics, checkpoint, coder, report", show_default=False),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"a published recipe: {', '.join(PRESETS)}; fields given here win", show_default=False),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(help="go on with the unfinished run in this directory", metavar="RUN", show_default=False),
@@ -52,6 +58,8 @@ def train(
     options = {name: value for name, value in fields.items() if value not in (None, [], ())}
     for config, given in ((TrainConfig, settings.train), (DataConfig, settings.data)):
         given |= {f.name: options[f.name] for f in dataclasses.fields(config) if f.name in options}
+    if preset is not None:
+        settings.train["preset"] = preset
     if isinstance(settings.data.get("module"), list) and len(settings.data["module"]) == 1:
         settings.data["module"] = settings.data["module"][0]
     if data is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from .. import _fields
 from ..train import TrainConfig
 from ..train.config import read_settings
+from ..train.presets import PRESETS
 
 
 def _field(default: Any, help: str) -> Any:
@@ -199,7 +200,7 @@ class Settings:
         given.train = values
         try:
             _fields.known("the table [data]", given.data, [f.name for f in dataclasses.fields(DataConfig)])
-            fields = [f.name for f in dataclasses.fields(TrainConfig)]
+            fields = ["preset", *(f.name for f in dataclasses.fields(TrainConfig))]
             misplaced = [name for name in values if name in {f.name for f in dataclasses.fields(DataConfig)}]
             if misplaced:
                 raise ValueError(f"{', '.join(misplaced)} belong into the table [data]")
@@ -209,11 +210,14 @@ class Settings:
         return given
 
 
-def example(m: int = 16384) -> str:
-    """A whole configuration file for `fusae train`, every field explained."""
+def example(m: int = 16384, preset: str | None = None) -> str:
+    """A whole configuration file for `fusae train`, every field explained; with the values of a `preset`."""
     head = (
         '# Rows of your own, in place of the table [data]: data = "activations.npy", eval_data = "held-out.npy"\n'
         'out = "runs/first"\n\n'
     )
     data = DataConfig(model="SmolLM2-135M-Instruct.Q4_1.gguf", module="model.layers.11", text="documents.jsonl")
-    return head + TrainConfig(m=m).to_toml() + "\n" + data.to_toml()
+    train = TrainConfig.from_dict({"m": m, "preset": preset})
+    if preset is not None:
+        head = f"# {preset}: {PRESETS[preset].what} ({PRESETS[preset].source})\n" + head
+    return head + train.to_toml() + "\n" + data.to_toml()
