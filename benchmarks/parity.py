@@ -15,7 +15,7 @@ A results file is ``{"schema": 1, "runs": [run, ...]}``. A run is one recipe on 
 
 =============== ======================================================================================================
 ``recipe``      a name in `RECIPES`; ``peer`` and ``peer_version`` are the package it is of
-``data``        "known", "known-offset" or "activations"; ``data_sha256`` of the scaled training rows
+``data``        "known", "known-offset" or "activations"; ``about`` in words; ``data_sha256`` of the training rows
 ``settings``    the fields of `parity_base.Settings`
 ``seed``        of the initial weights and of the order of the rows
 ``contenders``  {"peer" | "fusae" | "fusae Trainer": measures}
@@ -34,8 +34,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -66,6 +68,11 @@ PRESETS = {
     "known": _KNOWN,
     "known-offset": dataclasses.replace(_KNOWN, steps=1500, decay_start=1200),
     "activations": Settings(0, 2048, 32, 200, 512, 1e-3, warmup_steps=20, decay_start=160, dead_steps=30, aux=0.0),
+}
+ABOUT = {
+    "known": "sums of exactly 3 of 64 known directions in 32 dimensions (`fusae.testing.known`)",
+    "known-offset": "sums of exactly 3 of 64 known directions in 32 dimensions (`fusae.testing.known`), plus a "
+    "constant vector 10 times as long as the spread of the rows",
 }
 #: training rows that the dead fraction is counted on
 DEAD_ROWS = 32_768
@@ -167,7 +174,9 @@ def _append(path: Path, run: dict[str, Any]) -> None:
     key = ("recipe", "data", "settings", "seed")
     runs = [old for old in runs if any(old[field] != run[field] for field in key)] + [run]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"schema": 1, "runs": runs}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps({"schema": 1, "runs": runs}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def main(
@@ -175,6 +184,7 @@ def main(
     data: Annotated[str, typer.Option(help=f"one of {', '.join(PRESETS)}")] = "known",
     train: Annotated[Path | None, typer.Option(help="training rows for --data activations: .npy or a folder")] = None,
     held_out: Annotated[Path | None, typer.Option(help="held-out rows for --data activations")] = None,
+    about: Annotated[str | None, typer.Option(help="what these activations are, for docs/quality.md")] = None,
     seeds: Annotated[int, typer.Option(help="seeds 0, 1, ... to run", min=1)] = 3,
     first_seed: Annotated[int, typer.Option(help="start with this seed", min=0)] = 0,
     m: Annotated[int | None, typer.Option(help="latents; default: of the data set")] = None,
@@ -200,28 +210,33 @@ def main(
         if dtype not in ("float32", "float64"):
             raise ValueError(f"--dtype must be float32 or float64, got {dtype!r}")
         loaded = load(data, train, held_out)
+        chosen = RECIPES[recipe]
+        try:
+            version = chosen.version
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(f"{chosen.package} is not installed; benchmarks/parity.py says how to do it") from None
         if out is not None and out.exists():
             read_runs(out)  # an unusable file is told before the work
     except (ReportError, ValueError, TypeError, OSError) as error:
         console.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
     torch.set_num_threads(threads)
-    chosen = RECIPES[recipe]
     factor = 1.0 if loaded.truth is not None else chosen.scale(loaded.train)
     wide = getattr(torch, dtype)
     loaded = Data(loaded.train.to(wide) * factor, loaded.held_out.to(wide) * factor, loaded.truth)
     settings = _settings(PRESETS[data], chosen, loaded, m=m, k=k, steps=steps, lr=lr, dtype=dtype)
+    where = environment(command=f"python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     for seed in range(first_seed, first_seed + seeds):
         measured = compare(chosen, loaded, settings, seed)
         console.print(f"{recipe}, {data}, seed {seed}\n{_told(measured)}", markup=False, soft_wrap=True)
         if out is None:
             continue
         _append(out, {
-            "recipe": recipe, "peer": chosen.package, "peer_version": chosen.version,
-            "data": data, "data_sha256": hashlib.sha256(loaded.train.numpy().tobytes()).hexdigest(),
+            "recipe": recipe, "peer": chosen.package, "peer_version": version,
+            "data": data, "about": about or ABOUT.get(data, f"rows of {train}"),
+            "data_sha256": hashlib.sha256(loaded.train.numpy().tobytes()).hexdigest(),
             "settings": dataclasses.asdict(settings), "seed": seed, "contenders": measured,
-            "differences": list(chosen.differences),
-            **environment(command=f"python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}"),
+            "differences": list(chosen.differences), **where,
         })  # fmt: skip
 
 

@@ -12,8 +12,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA = 1
 FIELDS = (
-    "recipe", "peer", "peer_version", "data", "data_sha256", "settings", "seed", "contenders", "differences", "command",
-    "git", "dirty", "time", "versions",
+    "recipe", "peer", "peer_version", "data", "about", "data_sha256", "settings", "seed", "contenders", "differences",
+    "command", "git", "dirty", "time", "versions",
 )  # fmt: skip
 #: largest relative difference of the loss at a step
 LOSS_BARS = {"1": 1e-5, "10": 1e-4, "100": 1e-3}
@@ -22,11 +22,6 @@ FVU_BAR = (0.99, 1.01)
 DEAD_BAR = 0.005
 #: what the MCC may be below the peer's where the truth is known: this, or two standard errors of the difference
 MCC_BAR = 0.001
-DATA = {
-    "known": "sums of exactly 3 of 64 known directions in 32 dimensions (`fusae.testing.known`)",
-    "known-offset": "the same, plus a constant vector 10 times as long as the spread of the rows",
-    "activations": "SmolLM2-135M's residual stream after layer 12 on English news, as `make demo` collects it",
-}
 _SOURCE = re.compile(r"from `([^`]+\.json)`")
 
 
@@ -141,8 +136,8 @@ def markdown(runs: list[dict[str, Any]], source: str) -> str:
         "fraction at most half a percentage point, or two standard errors, above. Dead: active on none of 32,768 "
         "training rows, by the final weights.",
         "- Where the truth is known, MCC at most 0.001, or two standard errors, below the library's, in place of FVU: "
-        "with 64 directions, one more or less that is found moves FVU by an eighth. Small differences of rounding "
-        "decide that.",
+        "with 64 directions, one more or less that is found moves FVU by an eighth, and rounding can decide that. The "
+        "same recipe in float64 shows what is rounding.",
         "",
     ]
     for group in groups(runs):
@@ -158,7 +153,7 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"## {first['recipe']}, {first['data']}, {s['dtype']}",
         "",
-        f"Data: {DATA[first['data']]}; m {s['m']}, k {s['k']}, {s['steps']} steps of {s['batch_size']} rows, lr "
+        f"Data: {first['about']}; m {s['m']}, k {s['k']}, {s['steps']} steps of {s['batch_size']} rows, lr "
         f"{s['lr']:g}, {s['warmup_steps']} steps of warm-up, decay from step {s['decay_start']}, a latent is dead "
         f"after {s['dead_steps']} batches; {len(group)} seeds.",
         "",
@@ -183,16 +178,19 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
             "—" if name == "peer" else verdict(found),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    commit = "an unknown commit" if first["git"] is None else f"commit `{first['git'][:12]}`"
-    commit += " with local changes" if first["dirty"] else ""
+    commits = dict.fromkeys(
+        ("an unknown commit" if run["git"] is None else f"commit `{run['git'][:12]}`")
+        + (" with local changes" if run["dirty"] else "")
+        for run in group
+    )
     lines += [
         "",
         "Not the same on both sides:",
         "",
         *(f"- {difference}" for difference in first["differences"]),
         "",
-        f"`{first['command']}`, {first['device']}, torch {first['versions'].get('torch', '?')}, {commit}, "
-        f"{first['time'][:10]}.",
+        f"`{first['command']}`, {first['device']}, torch {first['versions'].get('torch', '?')}, "
+        f"{', '.join(commits)}, {first['time'][:10]}.",
         "",
     ]
     return lines

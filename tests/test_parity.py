@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/parity*.py: the recipes of other libraries on fusae against plain torch (and against the libraries, where
+they are installed), the order of the data, what is written and what is refused."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from fusae.testing.known import known_dictionary
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@functools.cache
+def script(name):
+    """A script of benchmarks/, which is no package, as a module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+def settings(**changes):
+    # Few, large steps on rows far from the origin: latents die within them.
+    plain = script("parity_base").Settings(
+        d=12, m=48, k=3, steps=50, batch_size=64, lr=0.02, warmup_steps=5, decay_start=30, dead_steps=4, aux=0.5,
+        dtype="float64",
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)
+
+
+def some_data(offset=3.0):
+    rows, truth = known_dictionary(1_500, 12, 24, 3, offset=offset)
+    rows = rows.double()
+    return script("parity").Data(rows[:1_000], rows[1_000:], truth.double())
+
+
+# --- the recipes, stated densely in plain torch ---------------------------------------------------------------------
+
+
+class Plain:
+    """A dense top-k coder under ``torch.optim.Adam``, with clipping to norm 1."""
+
+    def __init__(self, settings, start):
+        self.s, self.done, self.dead = settings, 0, 0
+        self.p = {name: weight.clone().requires_grad_() for name, weight in start.items()}
+        self.optimizer = torch.optim.Adam(self.p.values())
+        self.unused = torch.zeros(settings.m, dtype=torch.int64)
+
+    def pre(self, x):
+        return (x - self.p["b_dec"]) @ self.p["W_enc"].T + self.p["b_enc"]
+
+    def kept(self, values, scores, k):
+        return values * torch.zeros_like(values).scatter(1, scores.topk(k, 1).indices, 1.0)
+
+    def update(self, loss):
+        self.optimizer.zero_grad()
+        loss.backward()
+        W = self.p["W_dec"]
+        if self.unit:
+            along = torch.nn.functional.normalize(W.detach(), dim=1)
+            W.grad -= (W.grad * along).sum(1, keepdim=True) * along
+        torch.nn.utils.clip_grad_norm_(self.p.values(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        self.optimizer.step()
+        if self.unit:
+            W.data = torch.nn.functional.normalize(W.data, dim=1)
+        self.done += 1
+        return float(loss.detach())
+
+    @property
+    def fall(self):
+        return min(1.0, (self.s.steps - self.done) / (self.s.steps - self.s.decay_start))
+
+
+class PlainDictionaryLearning(Plain):
+    unit = True
+
+    @property
+    def lr(self):
+        return self.s.lr * min(self.done / self.s.warmup_steps, self.fall)
+
+    def step(self, x):
+        s, positive = self.s, self.pre(x).relu()
+        codes = self.kept(positive, self.pre(x), s.k)
+        error = x - codes @ self.p["W_dec"] - self.p["b_dec"]
+        self.unused += len(x)
+        self.unused[self.pre(x).topk(s.k, 1).indices.unique()] = 0
+        dead = self.unused >= s.dead_steps * s.batch_size
+        self.dead = int(dead.sum())
+        loss = error.square().sum(1).mean()
+        if self.dead:
+            residual = error.detach()
+            scores = self.pre(x).masked_fill(~dead, -torch.inf)
+            second = self.kept(positive, scores, min(s.k_aux, self.dead)) @ self.p["W_dec"]
+            spread = (residual - residual.mean(0)).square().sum(1).mean()
+            loss = loss + s.aux * (residual - second).square().sum(1).mean() / spread
+        return self.update(loss)
+
+
+class PlainSAELens(Plain):
+    unit = False
+
+    @property
+    def lr(self):
+        return self.s.lr * min((self.done + 1) / self.s.warmup_steps, self.fall)
+
+    def step(self, x):
+        s, pre = self.s, self.pre(x)
+        scores = pre * self.p["W_dec"].detach().norm(dim=1)
+        codes = self.kept(pre.relu(), scores, s.k)
+        error = codes @ self.p["W_dec"] + self.p["b_dec"] - x
+        dead = self.unused > s.dead_steps
+        self.dead = int(dead.sum())
+        loss = error.square().sum(1).mean()
+        if self.dead:
+            second = self.kept(pre, scores.masked_fill(~dead, -torch.inf), min(s.k_aux, self.dead))
+            share = min(1.0, self.dead / s.k_aux)
+            loss = loss + s.aux * share * (second @ self.p["W_dec"] + error.detach()).square().sum(1).mean()
+        self.unused += 1
+        self.unused[(codes != 0).any(0)] = 0
+        return self.update(loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "changes"),
+    [
+        ("dictionary_learning-topk", PlainDictionaryLearning, {}),
+        ("saelens-topk", PlainSAELens, {"m": 32, "lr": 0.01, "dead_steps": 6}),
+    ],
+)
+def test_a_recipe_on_fusae_is_the_recipe(name, plain, changes):
+    parity = script("parity")
+    s, data = settings(**changes), some_data()
+    rows = torch.nn.functional.normalize(torch.randn(s.m, s.d, dtype=torch.float64), dim=1)
+    rows *= 1.0 if plain.unit else 0.1
+    start = {"W_enc": rows, "b_enc": torch.zeros(s.m).double(), "W_dec": rows, "b_dec": data.train[0]}
+    pair = parity.RECIPES[name].own["fusae"](s, start), plain(s, start)
+    dead = []
+    for x in parity.batches(data.train, s, seed=1):
+        assert pair[0].lr == pytest.approx(pair[1].lr, rel=1e-12, abs=1e-15)
+        losses = [contender.step(x) for contender in pair]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+        assert pair[0].dead == pair[1].dead
+        dead.append(pair[0].dead)
+    for name, weight in pair[1].p.items():
+        torch.testing.assert_close(getattr(pair[0].coder, name).data, weight.data, rtol=1e-7, atol=1e-9)
+    # The runs had steps with no dead latent, with fewer than the AuxK term takes, and with more.
+    assert min(dead) == 0 and any(0 < count <= s.k_aux for count in dead) and max(dead) > s.k_aux, dead
+
+
+@pytest.mark.parametrize("name", ["dictionary_learning-topk", "dictionary_learning-batch-topk", "saelens-topk"])
+def test_the_library_itself(name):
+    parity = script("parity")
+    recipe = parity.RECIPES[name]
+    module = {"dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens"}[recipe.package]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed: pip install as benchmarks/parity.py says")
+    measured = parity.compare(recipe, some_data(), settings(), seed=0)
+    peer, own = measured["peer"], measured["fusae"]
+    assert peer["dead_in_training"] == own["dead_in_training"] > 0
+    assert own["loss"]["1"] == pytest.approx(peer["loss"]["1"], rel=1e-12)
+    # The library divides by norm + 1e-6 where it projects.
+    assert own["loss"]["10"] == pytest.approx(peer["loss"]["10"], rel=1e-6)
+    assert own["fvu"] == pytest.approx(peer["fvu"], rel=1e-4) and own["mcc_to_peer"] > 0.9999
+    if "fusae Trainer" in measured:
+        assert measured["fusae Trainer"]["loss"]["1"] == pytest.approx(peer["loss"]["1"], rel=1e-12)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_pass_gives_whole_batches_of_a_new_order():
+    parity = script("parity")
+    rows = torch.arange(100.0)[:, None]
+    s = dataclasses.replace(settings(), batch_size=30, steps=7)
+    given = list(parity.batches(rows, s, seed=3))
+    assert [len(x) for x in given] == [30] * 7
+    passes = [torch.cat(given[i : i + 3]).flatten().tolist() for i in (0, 3)]
+    assert all(len(set(p)) == 90 for p in passes) and passes[0] != passes[1]
+    again, other = (list(parity.batches(rows, s, seed=seed)) for seed in (3, 4))
+    assert all(map(torch.equal, given, again)) and not torch.equal(given[0], other[0])
+
+
+def test_rows_with_a_known_dictionary():
+    rows, directions = known_dictionary(20_000, 16, 40, 2, offset=4.0)
+    assert rows.shape == (20_000, 16) and directions.shape == (40, 16)
+    assert torch.equal(known_dictionary(9_000, 16, 40, 2, offset=4.0)[0], rows[:9_000])
+    rows = rows.double()
+    mean, spread = rows.mean(0), rows.var(0, correction=0).sum().sqrt()
+    plain, same = known_dictionary(20_000, 16, 40, 2)
+    assert torch.equal(same, directions)
+    assert float((mean - plain.double().mean(0)).norm() / spread) == pytest.approx(4.0, rel=0.01)
+    pairs = torch.stack([directions[[i, j]] for i, j in itertools.combinations(range(40), 2)]).double()  # [pairs, 2, d]
+    for row in plain[:5].double():
+        codes = torch.linalg.lstsq(pairs.mT, row.expand(len(pairs), -1)[:, :, None]).solution[..., 0]
+        exact = ((pairs.mT @ codes[:, :, None])[..., 0] - row).norm(dim=1) < 1e-5
+        assert exact.sum() == 1 and ((codes[exact] >= 0.5 - 1e-5) & (codes[exact] <= 1.5 + 1e-5)).all()
+
+
+# --- report ---------------------------------------------------------------------------------------------------------
+
+
+def run(seed=0, fvu=0.2, dead=0.0, loss=1.0, **changes):
+    def contender(fvu, dead, loss):
+        losses = {"1": loss, "10": 0.5, "100": 0.25}
+        return {"loss": losses, "fvu": fvu, "l0": 3.0, "dead_fraction": dead, "dead_in_training": 0, "mcc_to_peer": 1.0}
+
+    return {
+        "recipe": "saelens-topk", "peer": "sae-lens", "peer_version": "6", "data": "activations", "about": "rows",
+        "data_sha256": "0",
+        "settings": dataclasses.asdict(settings()), "seed": seed,
+        "contenders": {"peer": contender(0.2, 0.0, 1.0), "fusae": contender(fvu, dead, loss)},
+        "differences": ["a difference"], "command": "python benchmarks/parity.py", "device": "a CPU", "isa": "avx2",
+        "git": "0123456789abcdef", "dirty": False, "time": "2026-01-02T00:00:00", "versions": {"torch": "2"}, **changes,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "all"),
+        ({"fvu": 0.2019}, "all"),
+        ({"fvu": 0.2021}, "**misses** FVU"),
+        ({"fvu": 0.1979}, "**misses** FVU"),
+        ({"dead": 0.004}, "all"),
+        ({"dead": 0.006}, "**misses** dead"),
+        ({"loss": 1.00002}, "**misses** loss at step 1"),
+        ({"fvu": float("nan")}, "**misses** FVU"),
+    ],
+)
+def test_verdicts(changes, told):
+    report = script("parity_report")
+    assert report.verdict(report.summary([run(**changes)], "fusae")) == told
+
+
+def test_a_known_dictionary_is_judged_by_how_well_it_was_found():
+    report = script("parity_report")
+    runs = [run(seed, data="known", fvu=0.15) for seed in range(2)]
+    for r, own, peer in zip(runs, (0.97, 0.99), (0.98, 0.99), strict=True):
+        r["contenders"]["fusae"] |= {"mcc": own, "mmcs": 1.0}
+        r["contenders"]["peer"] |= {"mcc": peer, "mmcs": 1.0}
+    assert report.verdict(report.summary(runs, "fusae")) == "all"  # -0.005 is within two standard errors
+    runs[1]["contenders"]["fusae"]["mcc"] = 0.979
+    assert report.verdict(report.summary(runs, "fusae")) == "**misses** MCC"
+
+
+def test_the_page_is_written_and_checked(tmp_path):
+    parity = script("parity")
+    app = typer.Typer()
+    app.command()(parity.main)
+    results, page = tmp_path / "results" / "parity.json", tmp_path / "docs" / "quality.md"
+    for seed in (0, 1, 1):  # the second of seed 1 replaces the first
+        parity._append(results, run(seed))
+    assert len(parity.read_runs(results)) == 2
+    command = [str(a) for a in ("--page", page, "--out", results)]
+    assert CliRunner().invoke(app, ["--report", *command]).exit_code == 0
+    text = page.read_text()
+    assert "`results/parity.json`" in text and "2 seeds" in text and "- a difference" in text
+    assert "| fusae | 0.2000 (0.2000 – 0.2000) | 1.0000 (1.0000 – 1.0000) |" in text
+    assert CliRunner().invoke(app, ["--check", "--page", str(page)]).exit_code == 0  # finds the results by the page
+    page.write_text(text.replace("1.0000", "0.9000"))
+    stale = CliRunner().invoke(app, ["--check", "--page", str(page)])
+    assert stale.exit_code == 2 and "differs from results/parity.json" in " ".join(stale.output.split())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("[]", "must be"), ("{", "is no JSON"), ('{"schema": 2, "runs": []}', "schema must be 1, got 2"),
+        ('{"schema": 1, "runs": [{"recipe": "x"}]}', "run 0 lacks peer"),
+    ],
+)  # fmt: skip
+def test_foreign_results_are_refused(content, told, tmp_path):
+    path = tmp_path / "parity.json"
+    path.write_text(content)
+    with pytest.raises(script("parity_report").ReportError, match=told):
+        script("parity_report").read_runs(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "RECIPE must be one of dictionary_learning-topk"),
+        (["sparsify"], "got 'sparsify'"),
+        (["saelens-topk", "--data", "x"], "--data must be one of known"),
+        (["saelens-topk", "--data", "activations"], "needs --train and --held-out"),
+        (["saelens-topk", "--data", "activations", "--train", "/none", "--held-out", "/none"], "/none is not there"),
+        (["saelens-topk", "--dtype", "bfloat16"], "--dtype must be float32 or float64"),
+        (["--report", "--page", "/none/quality.md"], "names no results file"),
+    ],
+)
+def test_bad_requests(arguments, told):
+    app = typer.Typer()
+    app.command()(script("parity").main)
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2 and told in " ".join(done.output.split())
+
+
+def test_an_absent_library_is_named(monkeypatch):
+    parity = script("parity")
+    absent = dataclasses.replace(parity.RECIPES["saelens-topk"], package="no-such-library")
+    monkeypatch.setitem(parity.RECIPES, "saelens-topk", absent)
+    app = typer.Typer()
+    app.command()(parity.main)
+    done = CliRunner().invoke(app, ["saelens-topk"])
+    assert done.exit_code == 2 and "no-such-library is not installed" in " ".join(done.output.split())
+
+
+def test_the_page_in_the_docs_is_of_the_results():
+    page = BENCHMARKS.parent / "docs" / "quality.md"
+    script("parity_report").quality_page(None, page, check=True)
