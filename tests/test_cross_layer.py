@@ -18,6 +18,7 @@ from fusae.nn import (
     init_thresholds_,
     join_codes,
     load,
+    split_codes,
 )
 from fusae.nn.objectives import BatchTopK, CrossLayer, JumpReLU, Matryoshka, ReLU, TopK
 from fusae.testing import losses as dense
@@ -247,6 +248,23 @@ def test_joined_codes(kind):
         (torch.cat([p.to_dense() for p in parts], 1) * weight).sum(), [part.values for part in parts]
     )
     assert all(torch.equal(a, b) for a, b in zip(grads, wanted, strict=True))
+    for part, before in zip(split_codes(joined, sizes), rows, strict=True):
+        assert part.is_ragged and torch.equal(part.to_dense(), before) and torch.equal(part.l0, (before != 0).sum(1))
+    with pytest.raises(ValueError, match="codes must be over 15 latents, got 16"):
+        split_codes(joined, [5, 10])
+    for other in (
+        parts[0][:2],
+        parts[0].to_ragged() if kind == "fixed" else SparseCodes(rows[0][:, :2], torch.tensor([[0, 1]] * 4).int(), 5),
+    ):
+        with pytest.raises(ValueError, match="parts must be codes of the same rows, all ragged or none, got"):
+            join_codes([*parts, other])
+
+
+@pytest.mark.parametrize("select", ["topk", "relu"])
+def test_joined_codes_decode(select):
+    coder, (x, _) = coder_of({"select": select, "skip": True}), batch_of()
+    codes = coder.encode(x)
+    torch.testing.assert_close(coder.decode(join_codes(codes), x), coder.decode(codes, x))
 
 
 @pytest.mark.parametrize("select", ["topk", "batch_topk", "relu", "threshold"])

@@ -109,6 +109,17 @@ def test_annealing_dead_latents_and_the_first_loss():
         torch.testing.assert_close(source.W_dec.norm(dim=1), torch.ones(M))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"dtype": "bfloat16"}, {"optimizer": "masked", "clip_norm": 1.0}, {"form": "relu", "unit_decoder": False}],
+)
+def test_choices_of_a_run(fields):
+    metrics = []
+    coder = Trainer(config(tokens=2560, **fields), data(), show=False).run(on_log=metrics.append)
+    assert metrics[-1]["fvu"] < metrics[0]["fvu"] and coder.b_dec.dtype == torch.float32
+    assert (metrics[-1]["grad_norm"] is not None) == ("clip_norm" in fields)
+
+
 def test_one_layer_trains_as_a_transcoder():
     rows = data()[:, [*range(D), *range(L * D, L * D + OUT)]].double()
     shared = {

@@ -18,7 +18,7 @@ from ..ops import decode
 from .coder import STEM, SparseCoder
 from .cross_layer_config import CrossLayerConfig
 from .init import geometric_median, uniform_
-from .join import add_up
+from .join import add_up, split_codes
 
 FORMAT, VERSION = "fusae.CrossLayerTranscoder", 1
 
@@ -148,10 +148,12 @@ class CrossLayerTranscoder(nn.Module):
             )
         return mask.split(config.m)
 
-    def decode(self, codes: Sequence[SparseCodes], x: Tensor | None = None) -> Tensor:
-        """The outputs ``[..., L, d_out]`` for one `SparseCodes` of each layer; with a skip connection, of the inputs
-        `x` (as `encode` takes them) too."""
+    def decode(self, codes: Sequence[SparseCodes] | SparseCodes, x: Tensor | None = None) -> Tensor:
+        """The outputs ``[..., L, d_out]`` for one `SparseCodes` of each layer (``[n, L, d_out]`` for all of them joined
+        by `join_codes`); with a skip connection, of the inputs `x` (as `encode` takes them) too."""
         config = self.config
+        if isinstance(codes, SparseCodes):
+            codes = split_codes(codes, [config.m] * config.layers)
         if len(codes) != config.layers:
             raise ValueError(f"codes must be {config.layers}, one for each layer, got {len(codes)}")
         if config.skip and x is None:

@@ -41,10 +41,13 @@ def add_up(parts: Sequence[Tensor]) -> Tensor:
 def join_codes(parts: Sequence[SparseCodes]) -> SparseCodes:
     """Codes of the same rows over several dictionaries as codes over all their latents, in the order of `parts`.
 
-    All of fixed width (``[..., k]`` each: ``[..., Σ k]``), or all ragged. Gradients flow. Never reads from the device.
+    All of fixed width (``[..., k]`` each: ``[..., Σ k]``), or all ragged: others raise `ValueError`. Gradients flow.
+    Never reads from the device.
 
     Equivalent to: ``fusae.codes_from_dense(torch.cat([part.to_dense() for part in parts], -1))``
     """
+    if len({(part.is_ragged, part.batch_shape) for part in parts}) != 1:
+        raise ValueError(f"parts must be codes of the same rows, all ragged or none, got {list(parts)}")
     m = sum(part.m for part in parts)
     shifts = torch.tensor([0, *(part.m for part in parts)]).cumsum(0).tolist()
     indices = [part.indices + shift for part, shift in zip(parts, shifts, strict=False)]
@@ -65,3 +68,24 @@ def join_codes(parts: Sequence[SparseCodes]) -> SparseCodes:
     values = values.new_zeros(size + 1).index_copy(0, places, values)[:size]
     indices = torch.cat(indices)
     return SparseCodes(values, indices.new_zeros(size + 1).index_copy(0, places, indices)[:size], m, offsets)
+
+
+def split_codes(codes: SparseCodes, sizes: Sequence[int]) -> list[SparseCodes]:
+    """Codes over several dictionaries of `sizes` latents side by side as ragged codes over each: undoes `join_codes`.
+
+    Entries of value 0 are left out. Gradients flow. Reads the number of entries (one host sync a part on a GPU).
+
+    Equivalent to: ``[fusae.codes_from_dense(part) for part in codes.to_dense().split(sizes, -1)]``
+    """
+    if sum(sizes) != codes.m:
+        raise ValueError(f"codes must be over {sum(sizes)} latents, got {codes.m}")
+    ragged, parts, start = codes.to_ragged(), [], 0
+    row, latents = ragged.row_ids(), ragged.indices
+    active = (row < len(ragged)) & (ragged.values != 0)
+    for size in sizes:
+        mine = active & (latents >= start) & (latents < start + size)
+        offsets = torch.zeros_like(ragged.offsets)
+        offsets[1:] = torch.bincount(row[mine], minlength=len(ragged)).cumsum(0)
+        parts.append(SparseCodes(ragged.values[mine], latents[mine] - start, size, offsets))
+        start += size
+    return parts

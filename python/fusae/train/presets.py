@@ -103,6 +103,14 @@ PRESETS = {
             "clip_norm": 1.0,
         },
     ),
+    "cross-layer-transcoder": Preset(
+        "latents of every layer that write to their own and to all later ones, tanh penalty",
+        "Ameisen et al. 2025, Circuit Tracing; recipe of jumprelu-tanh",
+        {
+            "form": "jumprelu", "architecture": "cross_layer", "penalty": "tanh", "straight_through": True,
+            "sparsity_warmup": 1.0, "lr": 2e-4, "decay": 0.2, "clip_norm": 1.0, "unit_decoder": False,
+        },
+    ),
 }  # fmt: skip
 
 

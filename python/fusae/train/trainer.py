@@ -35,7 +35,7 @@ from .run_dir import CODER, locked, merge, prepare, start_files
 
 
 class Trainer:
-    """Trains a `SparseCoder`; everything it needs to go on later is in one checkpoint.
+    """Trains a `SparseCoder` or a `CrossLayerTranscoder`; everything it needs to go on later is in one checkpoint.
 
     Args:
         config: a `TrainConfig`. To resume, None or a dict of the fields given: `log_every`, `checkpoint_every`,
