@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of every dictionary, whatever its weights: symmetries, special cases of each other, and no NaN."""
+"""What must hold of every dictionary, whatever its weights: symmetries, counts, exact folding and files, and no NaN."""
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -11,49 +10,14 @@ from hypothesis import strategies as st
 
 from fusae import decode
 from fusae.eval.metrics import ReconstructionMetrics
-from fusae.nn import DeadLatents, Moment, SparseCoder, SparseCoderConfig
-from fusae.nn.objectives import BatchTopK, Gated, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
+from fusae.nn import DeadLatents, Moment, SparseCoder
 from fusae.optim import Adam
+from fusae.testing.coders import CROSSCODER, KINDS, SHAPES, D, K, M, coder_of, gradients, rows_of
 
-D, M, K = 6, 20, 4
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**20)
 
-# Every kind of coder: its configuration, and the loss that trains it.
-KINDS = {
-    "topk": ({"k_aux": 5}, TopK(multi_topk=0.125)),
-    "topk by norm": ({"k_aux": 5, "select_by_norm": True}, TopK()),
-    "hierarchical": ({"k_aux": 5}, HierarchicalTopK()),
-    "abs": ({"k_aux": 5, "select": "abs", "activation": "none"}, TopK()),
-    "group_max": ({"k_aux": 5, "select": "group_max"}, TopK()),
-    "batch_topk": ({"k_aux": 5, "select": "batch_topk"}, BatchTopK()),
-    "batch_topk by norm": ({"k_aux": 5, "select": "batch_topk", "select_by_norm": True}, BatchTopK()),
-    "matryoshka": ({"k_aux": 5, "select": "batch_topk"}, Matryoshka((5, 11, M))),
-    "relu": ({"select": "relu"}, ReLU()),
-    "gated": ({"select": "relu", "gated": True}, Gated()),
-    "jumprelu": ({"select": "threshold"}, JumpReLU("l0", 0.1, 0.5, preact_coefficient=0.1)),
-    "jumprelu tanh": ({"select": "threshold"}, JumpReLU("tanh", 0.1, 0.5, True, 2.0, 0.1)),
-    "jumprelu nested": ({"select": "threshold"}, JumpReLU("l0_squared", 0.1, 0.5, prefixes=(5, M))),
-}
-CROSSCODER = {"sites": (2, 4), "pre_bias": False}
 of_kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def coder_of(kind_or_fields, seed=0, sparse_grad=False, **more):
-    """A coder of random weights and thresholds."""
-    fields = KINDS[kind_or_fields][0] if isinstance(kind_or_fields, str) else kind_or_fields
-    config = SparseCoderConfig(**{"d": D, "m": M, "k": K, "dtype": "float64"} | fields | more)
-    coder = SparseCoder(config, seed=seed, sparse_grad=sparse_grad)
-    generator = torch.Generator().manual_seed(seed + 7)
-    with torch.no_grad():
-        for name, value in coder.state_dict().items():
-            noise = 0.5 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
-            value += (noise.abs() if name in ("threshold", "b_mag") else noise).to(value.dtype)
-    return coder
-
-
-def rows_of(n=13, seed=1, d=D):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def clone_with(coder, change):
@@ -63,11 +27,6 @@ def clone_with(coder, change):
         for name, value in other.state_dict().items():
             value.copy_(change(name, value.clone()))
     return other
-
-
-def gradients(loss, coder):
-    loss.backward()
-    return {name: p.grad.to_dense() for name, p in coder.named_parameters() if p.grad is not None}
 
 
 def in_both_modes(coder):
@@ -132,7 +91,7 @@ def test_what_the_encoder_gains_the_decoder_can_lose(kind, seed):
 def test_folded_norms_change_nothing(kind, by_norm, sites):
     coder, x = coder_of(kind, select_by_norm=by_norm, **(CROSSCODER if sites else {})), rows_of()
     with torch.no_grad():
-        coder.W_dec[3] = 0  # a latent without a direction stays as it is
+        coder.W_dec[3] = 0  # a latent without a direction
     if kind in ("topk", "batch_topk") and not by_norm:
         with pytest.raises(ValueError, match="norms can be folded where selection goes by norm or by a threshold"):
             coder.fold_norms_()
@@ -145,19 +104,9 @@ def test_folded_norms_change_nothing(kind, by_norm, sites):
     torch.testing.assert_close(folded.decoder_norms(), wanted)
     for here, there in zip(in_both_modes(coder), in_both_modes(folded), strict=True):
         torch.testing.assert_close(there(x), here(x), rtol=1e-12, atol=1e-12)
-        others = torch.arange(M) != 3  # of norm 0, it is never selected by norm
-        torch.testing.assert_close(
-            there.encode(x).to_dense()[:, others], (here.encode(x).to_dense() * norms)[:, others]
-        )
-
-
-SHAPES = {
-    "autoencoder": {},
-    "without pre_bias": {"pre_bias": False},
-    "transcoder": {"d_out": 5, "pre_bias": False},
-    "skip transcoder": {"d_out": 5, "pre_bias": False, "skip": True},
-    "crosscoder": CROSSCODER,
-}
+        counted = torch.arange(M) != (M if by_norm else 3)  # without norms in the selection it goes on as it was
+        wanted = here.encode(x).to_dense() * norms
+        torch.testing.assert_close(there.encode(x).to_dense()[:, counted], wanted[:, counted])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -303,129 +252,6 @@ def test_a_batch_in_two_halves(kind):
     coder.zero_grad()
     for name, grad in gradients(sum(part.loss for part in parts) / 2, coder).items():
         torch.testing.assert_close(grad, once[name])
-
-
-# I11: special cases of each other.
-
-
-def assert_same(one, other, x, objectives, dead=None, y=None, rename=lambda name: name):
-    """The same outputs, losses and gradients of two coders."""
-    for here, there in zip(in_both_modes(one), in_both_modes(other), strict=True):
-        torch.testing.assert_close(here(x), there(x))
-        torch.testing.assert_close(here.encode(x).to_dense(), there.encode(x).to_dense())
-    losses = [f(c, x, y, Moment(dead, step=50)).loss for f, c in zip(objectives, (one, other), strict=True)]
-    torch.testing.assert_close(*losses)
-    mine, theirs = (gradients(loss, c) for loss, c in zip(losses, (one, other), strict=True))
-    shared = mine.keys() & theirs.keys()
-    assert {"W_enc", "b_enc", "W_dec", "b_dec"} <= shared
-    for name in shared:
-        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-8, atol=1e-10)
-
-
-def remade(coder, **fields):
-    """The same weights under another configuration."""
-    config = dataclasses.replace(coder.config, **fields)
-    other = SparseCoder(config, sparse_grad=coder.sparse_grad)
-    known = other.state_dict().keys()
-    other.load_state_dict({name: value for name, value in coder.state_dict().items() if name in known}, strict=False)
-    return other
-
-
-@pytest.mark.parametrize("dead", [None, torch.arange(M) % 3 == 0], ids=["", "dead"])
-def test_matryoshka_of_one_dictionary_is_batch_topk(dead):
-    coder = coder_of("batch_topk")
-    other = copy.deepcopy(coder)
-    assert_same(coder, other, rows_of(), (BatchTopK(), Matryoshka((M,))), dead)
-    assert coder.threshold == other.threshold
-
-
-def test_hierarchical_of_one_rank_is_topk():
-    coder = coder_of("topk")
-    assert_same(coder, copy.deepcopy(coder), rows_of(), (TopK(), HierarchicalTopK((K,))), torch.arange(M) % 3 == 0)
-
-
-def test_jumprelu_of_one_dictionary_is_jumprelu():
-    coder = coder_of("jumprelu")
-    pair = JumpReLU("l0", 0.1, 0.5), JumpReLU("l0", 0.1, 0.5, prefixes=(M,))
-    assert_same(coder, copy.deepcopy(coder), rows_of(), pair)
-
-
-@pytest.mark.parametrize("kind", ["topk", "batch_topk", "relu", "gated", "jumprelu"])
-def test_a_skip_connection_of_zero_is_a_transcoder(kind):
-    objective, x, y = KINDS[kind][1], rows_of(), rows_of(seed=4, d=5)
-    skip = coder_of(kind, d_out=5, pre_bias=False, skip=True)
-    with torch.no_grad():
-        skip.W_skip.zero_()
-    dead = torch.arange(M) % 3 == 0
-    assert_same(skip, remade(skip, skip=False), x, (objective, objective), dead, y)
-
-
-@pytest.mark.parametrize("kind", ["topk by norm", "batch_topk by norm", "relu", "jumprelu tanh"])
-def test_a_crosscoder_of_one_site_is_an_autoencoder(kind):
-    objective, coder = KINDS[kind][1], coder_of(kind)
-    assert_same(coder, remade(coder, sites=(D,)), rows_of(), (objective, objective), torch.arange(M) % 3 == 0)
-
-
-def test_a_crosscoder_is_an_autoencoder_of_joined_rows():
-    """Without norms in the selection, the parts of a row do not matter."""
-    coder = coder_of("batch_topk", **CROSSCODER)
-    assert_same(coder, remade(coder, sites=None), rows_of(), (BatchTopK(), BatchTopK()), torch.arange(M) % 3 == 0)
-
-
-def test_jumprelu_with_thresholds_of_zero_is_relu():
-    jump = coder_of("jumprelu")
-    with torch.no_grad():
-        jump.threshold.zero_()
-    objectives = JumpReLU("l0", 0.0, 1e-9), ReLU(0.0)
-    assert_same(jump, remade(jump, select="relu"), rows_of(), objectives)
-
-
-def test_gates_of_the_magnitudes_are_relu():
-    gated = coder_of("gated")
-    with torch.no_grad():
-        gated.r_mag.zero_()
-        gated.b_mag.copy_(gated.b_enc)
-    plain, x = remade(gated, gated=False), rows_of()
-    torch.testing.assert_close(gated.encode(x).to_dense(), plain.encode(x).to_dense())
-    torch.testing.assert_close(gated(x), plain(x))
-
-
-def test_one_group_is_the_best_latent():
-    dead = torch.arange(M) % 3 == 0
-    one = coder_of("topk", k=1)
-    assert_same(one, remade(one, select="group_max"), rows_of(), (TopK(), TopK()), dead)
-
-
-def test_topk_of_all_is_relu():
-    coder = coder_of({"k": M})
-    assert_same(coder, remade(coder, select="relu"), rows_of(), (TopK(), ReLU(0.0)))
-
-
-def test_batch_topk_of_all_is_relu():
-    coder, x = coder_of({"k": M, "select": "batch_topk"}), rows_of()
-    torch.testing.assert_close(coder(x), remade(coder, select="relu")(x))
-
-
-def test_a_batch_of_one_row_is_topk():
-    batch, x = coder_of("batch_topk"), rows_of(1)
-    top = remade(batch, select="topk")
-    torch.testing.assert_close(batch.encode(x).to_dense(), top.encode(x).to_dense())
-    torch.testing.assert_close(batch(x), top(x))
-
-
-def test_abs_of_what_is_not_negative_is_topk():
-    coder = coder_of({"select": "abs", "activation": "none"}, pre_bias=False)
-    with torch.no_grad():
-        coder.W_enc.abs_()
-        coder.b_enc.abs_()
-    other = remade(coder, select="topk", activation="relu")
-    assert_same(coder, other, rows_of().abs(), (TopK(), TopK()))
-
-
-def test_moments_without_dead_latents_are_moments_without_aux():
-    coder, x = coder_of("topk"), rows_of()
-    none = torch.zeros(M, dtype=torch.bool)
-    torch.testing.assert_close(TopK()(coder, x, None, Moment(none)).loss, TopK()(coder, x, None, Moment()).loss)
 
 
 # I12, I13: counters and metrics.

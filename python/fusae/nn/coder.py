@@ -18,6 +18,7 @@ from .config import SparseCoderConfig
 from .init import geometric_median, random_unit_rows_, unit_rows_
 from .objectives import CoderLoss, Moment, TopK
 from .pre_bias import PreBias
+from .sums import take
 
 FORMAT, VERSION, STEM = "fusae.SparseCoder", 2, "coder"
 
@@ -144,8 +145,8 @@ class SparseCoder(nn.Module):
 
     def magnitudes(self, gates: SparseCodes) -> SparseCodes:
         """The codes of a gated coder from its open gates."""
-        latents = gates.indices.long()
-        values = torch.exp(self.r_mag[latents]) * (gates.values - self.b_enc[latents]) + self.b_mag[latents]
+        scale, bias, shift = (take(of, gates.indices) for of in (torch.exp(self.r_mag), self.b_enc, self.b_mag))
+        values = scale * (gates.values - bias) + shift
         return SparseCodes(torch.relu(values).to(gates.values.dtype), gates.indices, gates.m, gates.offsets)
 
     def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
@@ -328,10 +329,12 @@ class SparseCoder(nn.Module):
     def fold_norms_(self) -> SparseCoder:
         """Scale every latent so that its decoder norm is 1, the output unchanged; norms no longer matter to selection.
 
-        A latent of decoder norm 0 stays as it is. With `select_by_norm`, the same latents are selected without it then.
+        With `select_by_norm`, the same latents are selected without it then: one of decoder norm 0, whose score was 0,
+        loses its encoder. Otherwise it stays as it is.
         """
         norms = self.decoder_norms()
-        norms = torch.where(norms > 0, norms, 1.0)
+        divisor = torch.where(norms > 0, norms, 1.0)
+        factor = norms if self.config.select_by_norm else divisor
         if not self.config.select_by_norm and not self.config.is_thresholded:
             raise ValueError("norms can be folded where selection goes by norm or by a threshold per latent; else the "
                              "folded coder would select other latents")  # fmt: skip
@@ -339,8 +342,8 @@ class SparseCoder(nn.Module):
         for name in ("W_enc", "b_enc", "b_mag", *(() if self.config.select_by_norm else ("threshold",))):
             value = getattr(self, name, None)
             if value is not None:
-                value.mul_(norms.to(value.dtype).view(-1, *[1] * (value.ndim - 1)))
-        self.W_dec.div_(norms.to(self.W_dec.dtype)[:, None])
+                value.mul_(factor.to(value.dtype).view(-1, *[1] * (value.ndim - 1)))
+        self.W_dec.div_(divisor.to(self.W_dec.dtype)[:, None])
         self.config = dataclasses.replace(self.config, select_by_norm=False)
         return self
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums that come out the same for any number of threads."""
+"""Sums that come out the same for any number of threads, in forward and backward passes."""
 
 from __future__ import annotations
 
@@ -18,3 +18,32 @@ def total(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     rows = x.sum(-1, dtype=dtype)
     return torch.stack([part.sum() for part in rows.split(_PART)]).sum()
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(table, indices):
+        return table[indices]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        table, indices = inputs
+        ctx.save_for_backward(indices)
+        ctx.size = table.shape[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        (indices,) = ctx.saved_tensors
+        sums = grad.new_zeros(ctx.size)
+        if grad.device.type == "cpu":  # one after the other; index_put would add up on all threads at once
+            return sums.index_add_(0, indices, grad), None
+        return sums.index_put_((indices,), grad, accumulate=True), None  # sorts first
+
+
+def take(table: Tensor, indices: Tensor) -> Tensor:
+    """``table[indices]`` of ``[m]`` for int32 `indices` ``[nnz]``, with a gradient that is the same for any number of
+    threads and in every run.
+
+    Equivalent to: ``table[indices.long()]``, whose gradient a CPU adds up in the order in which threads come by.
+    """
+    return _Take.apply(table, indices.long())

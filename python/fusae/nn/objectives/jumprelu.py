@@ -13,7 +13,7 @@ from torch import Tensor
 from ... import _fields
 from ...codes import SparseCodes
 from ...ops import decode, encode_threshold
-from ..sums import total
+from ..sums import take, total
 from .base import Chosen, CoderLoss, Moment, fit, row_norms, rows, variance_of, wants
 from .nested import check_prefixes, nested_terms
 
@@ -140,7 +140,7 @@ class JumpReLU:
         if self.penalty == "l0_mean_squared":
             return (total(l0[:, None]) / len(codes) / k - 1).square()
         scale = 4 * coder.config.output_width**0.5 if self.tanh_scale is None else self.tanh_scale
-        lengths = codes.values.to(norms.dtype) * norms[codes.indices.long()]
+        lengths = codes.values.to(norms.dtype) * take(norms, codes.indices)
         return total(torch.tanh(scale * lengths)[:, None]) / len(codes)
 
 
@@ -163,9 +163,8 @@ def preact_loss(
         pre = F.linear(coder.W_enc, mean).to(acc) + bias
         silent = (weight * (coder.threshold - pre)).sum()
     # Σ_e a_e p_e of the entries in use, with p_e = <W_enc[i_e], x_e> + b: the rows of Σ_e a_e W_enc[i_e] times x.
-    latents = codes.indices.long()
-    share = torch.where(codes.values != 0, weight[latents], 0.0)
+    share = torch.where(codes.values != 0, take(weight, codes.indices), 0.0)
     fired = SparseCodes(share.to(codes.dtype), codes.indices, codes.m, codes.offsets)
     pull = decode(fired, coder.W_enc, sparse_grad=coder.sparse_grad)
-    over = total(pull.to(acc) * inputs.to(acc)) + total((share * (bias - coder.threshold)[latents])[:, None])
+    over = total(pull.to(acc) * inputs.to(acc)) + total((share * take(bias - coder.threshold, codes.indices))[:, None])
     return silent + over / n

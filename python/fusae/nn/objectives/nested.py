@@ -88,7 +88,10 @@ class HierarchicalTopK:
         wants(coder, self, ("topk", "abs"))
         x, target = rows(coder, x, target)
         codes, _, aux = coder.select(x, moment.dead, moment.k_aux)
-        ranks = self.ranks or tuple(range(1, coder.config.k + 1))
+        k = coder.config.k
+        ranks = self.ranks or tuple(range(1, k + 1))
+        if ranks[-1] != k:
+            raise ValueError(f"ranks must end with the coder's k = {k}, got {list(ranks)}")
         weights = (1 / len(ranks),) * len(ranks)
         return _nested_loss(coder, x, target, moment, codes, aux, self.aux_coefficient, ranks, weights, "rank")
 

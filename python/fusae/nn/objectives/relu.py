@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _checks, _fields
 from ...codes import SparseCodes
 from ...ops import decode_loss, encode_threshold
-from ..sums import total
+from ..sums import take, total
 from .base import Chosen, CoderLoss, Moment, fit, row_norms, rows, variance_of, wants
 
 if TYPE_CHECKING:
@@ -117,5 +117,5 @@ def l1_norm(codes: SparseCodes, norms: Tensor | None = None) -> Tensor:
     """``Σ_i f_i norms[i]`` of ragged codes with values >= 0, mean over rows; `norms` ``[m]``, None: all 1."""
     values = codes.values.to(_checks.accumulator(codes.dtype))
     if norms is not None:
-        values = values * norms[codes.indices.long()]
+        values = values * take(norms, codes.indices)
     return total(values[:, None]) / len(codes)

@@ -73,8 +73,13 @@ class BatchTopK:
     Attributes:
         aux_coefficient: as in `TopK`.
         threshold_decay: of the running mean of the smallest selected score, ``coder.threshold``, which selects in eval
-            mode (0.999 in dictionary_learning, 0.99 in SAELens). Updated by every call with ``moment.step`` in
-            training; the mean is over fewer steps at first.
+            mode (0.999 in dictionary_learning, 0.99 in SAELens). Every call in training mode updates it; while
+            ``moment.step`` is small, the mean is over fewer steps.
+
+    Equivalent to: `TopK` with the codes::
+
+        best = torch.topk(pre.relu().flatten(), n * k)
+        f = torch.zeros(n * m).scatter(0, best.indices, best.values).view(n, m)
     """
 
     aux_coefficient: float = 1 / 32
