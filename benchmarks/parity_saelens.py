@@ -98,7 +98,7 @@ RECIPES = {
         (
             INITIAL,
             "dead after dead_steps batches instead of 1,000, on both sides",
-            "inputs are scaled once, before training, instead of by the library's estimate from the first batches",
+            "activations are scaled once, before training, instead of by the library's estimate from the first batches",
         ),
     ),
 }  # fmt: skip
