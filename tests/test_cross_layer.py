@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cross-layer transcoders: the module, its losses against plain torch, files, folding, and training."""
 
+import dataclasses
 import json
 
 import pytest
@@ -22,6 +23,7 @@ from fusae.nn import (
 )
 from fusae.nn.objectives import BatchTopK, CrossLayer, JumpReLU, Matryoshka, ReLU, TopK
 from fusae.testing import losses as dense
+from fusae.testing.compare import assert_grads, assert_within_budget
 
 L, D, OUT, M, K, N = 3, 6, 5, 16, 4, 11
 WIDE = 0.8  # of a window: some entries of most rows are in it
@@ -396,3 +398,39 @@ def test_autocast(form, sparse_grad):
     for name, grad in ours.items():
         cosine = torch.nn.functional.cosine_similarity(grad.flatten(), theirs[name].flatten(), dim=0)
         assert grad.dtype == torch.float32 and cosine > 0.95, (name, cosine)
+
+
+def as_dtype(coder, dtype):
+    other = CrossLayerTranscoder(dataclasses.replace(coder.config, dtype=dtype), sparse_grad=coder.sparse_grad)
+    other.load_state_dict(coder.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_float32_within_its_budget(form):
+    fields, objective = FORMS[form]
+    coder = as_dtype(coder_of(fields), "float32")
+    exact, moment, results = as_dtype(coder, "float64"), Moment(dead_of("some"), variance=[3.0, 1.0, 2.0]), []
+    for c, loss in ((coder, CrossLayer(objective)), (coder, None), (exact, None)):
+        x, y = (t.to(c.config.torch_dtype) for t in batch_of())
+        x.requires_grad_()
+        value = dense.cross_layer(c, x, y, moment, objective) if loss is None else loss(c, x, y, moment).loss
+        results.append((value, gradients(value, c, x)))
+    (loss, ours), (loss_32, plain), (loss_64, oracle) = results
+    assert_within_budget(loss[None], loss_32[None], loss_64[None], "loss")
+    for name in ours:
+        assert_grads(ours[name], plain[name], oracle[name], f"gradient of {name}")
+
+
+@pytest.mark.parametrize("form", ["topk skip", "relu"])
+def test_parameters_in_16_bits(form):
+    fields, objective = FORMS[form]
+    coder = as_dtype(coder_of(fields), "bfloat16")
+    x, y = (t.bfloat16() for t in batch_of(n=64))
+    moment = Moment(dead_of("some"), variance=3.0)
+    result = CrossLayer(objective)(coder, x, y, moment)
+    result.loss.backward()
+    wanted = CrossLayer(objective)(as_dtype(coder, "float64"), x.double(), y.double(), moment)
+    assert result.loss.dtype == torch.float32 and result.reconstruction.dtype == torch.bfloat16
+    torch.testing.assert_close(result.loss.double(), wanted.loss, rtol=0.02, atol=0)
+    assert all(p.grad is not None and p.grad.dtype == torch.bfloat16 for p in coder.parameters())

@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 
+from fusae.data import collect
 from fusae.formats import FormatError
 from fusae.formats.native import open_tensors, write_tensors
 from fusae.nn import CrossLayerTranscoder, load
 from fusae.pipeline.coders import load_coder
+from fusae.testing import tiny_lm
 from fusae.train import TrainConfig, Trainer, checkpoint
 
 L, D, OUT, M, K, B = 3, 8, 6, 24, 2, 64
@@ -143,6 +145,19 @@ def test_one_layer_trains_as_a_transcoder():
     scale = ours["b_enc"].norm() / other["b_enc"].norm()
     torch.testing.assert_close(ours["W_enc"] / scale, other["W_enc"], rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(ours["W_dec"] * scale, other["W_dec"], rtol=1e-8, atol=1e-10)
+
+
+def test_the_layers_of_a_model(tmp_path):
+    model = tiny_lm.llama(layers=2)
+    sites = [f"model.layers.{layer}.mlp{side}" for side in (":in", "") for layer in range(2)]
+    chunks = torch.randint(1, 257, (40, 66), generator=torch.Generator().manual_seed(0)).numpy()
+    rows = collect(model, chunks, sites, tmp_path / "rows", dtype="float32", progress=False)
+    fields = {"m": 64, "k": 8, "batch_size": 128, "tokens": 128 * 60, "lr": 1e-2, "dead_window": 2000}
+    coder = Trainer(TrainConfig(architecture="cross_layer", **fields), rows, show=False).run()
+    assert (coder.config.layers, coder.config.d, coder.config.target_width) == (2, tiny_lm.D, tiny_lm.D)
+    x, y = rows.take(slice(0, 2000)).split(2 * tiny_lm.D, 1)
+    for out, target in zip(coder(x).detach().split(tiny_lm.D, 1), y.split(tiny_lm.D, 1), strict=True):
+        assert (out - target).square().sum() < 0.85 * (target - target.mean(0)).square().sum()
 
 
 def test_a_damaged_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -49,7 +50,7 @@ def join_codes(parts: Sequence[SparseCodes]) -> SparseCodes:
     if len({(part.is_ragged, part.batch_shape) for part in parts}) != 1:
         raise ValueError(f"parts must be codes of the same rows, all ragged or none, got {list(parts)}")
     m = sum(part.m for part in parts)
-    shifts = torch.tensor([0, *(part.m for part in parts)]).cumsum(0).tolist()
+    shifts = itertools.accumulate((part.m for part in parts), initial=0)
     indices = [part.indices + shift for part, shift in zip(parts, shifts, strict=False)]
     if parts[0].offsets is None:
         return SparseCodes(torch.cat([part.values for part in parts], -1), torch.cat(indices, -1), m)

@@ -114,7 +114,7 @@ class CrossLayer:
         )
 
     def _layer(self, source: SparseCoder, x: Tensor, moment: Moment, bias: Tensor | None) -> _Layer:
-        form, aux_output = self.form, None
+        form = self.form
         if isinstance(form, (ReLU, JumpReLU)):
             codes, charge, terms = form.choose(source, x, moment)
             return _Layer(codes, _decode(source, codes, bias), None, charge, terms)
