@@ -19,19 +19,18 @@ from torch import Tensor, nn
 from ..formats.native import FormatError
 from ..nn import CoderLoss, CrossLayerTranscoder, DeadLatents, Moment, SparseCoder
 from ..nn.init import init_thresholds_, unit_rows_
-from ..nn.objectives.nested import nested_terms
-from ..optim import Adam
 from . import checkpoint
 from .average import WeightAverage
 from .config import TrainConfig
 from .feed import Feed
-from .forms import new_coder, objective, prefixes_of
+from .forms import new_coder, objective
 from .interrupt import interruptible
 from .measure import Scaling, measure
 from .metrics import Interval, MetricsLog, check_tensorboard
 from .progress import TrainingDisplay
 from .rows import open_data
 from .run_dir import CODER, locked, merge, prepare, start_files
+from .setup import autocast, device_of, new_feed, new_optimizer, open_batches, try_ops
 
 
 class Trainer:
@@ -50,6 +49,7 @@ class Trainer:
         overwrite: replace a run that is in `run_dir`.
         show: progress on stderr.
         about: plain values to be written into config.json beside what the trainer writes there itself.
+        feed: batches that are shared with other trainers, see `Sweep`; whoever made it brings it to its place.
 
     Attributes:
         coder: the coder in training, of centred and scaled rows; `export()` gives it for plain ones.
@@ -80,6 +80,7 @@ class Trainer:
         overwrite: bool = False,
         show: bool = True,
         about: dict[str, Any] | None = None,
+        feed: Feed | None = None,
     ) -> None:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.show, self.about = show, about or {}
@@ -87,29 +88,19 @@ class Trainer:
         if found is not None:
             config = merge(config, found["config"])
         self.source = open_data(data)
-        d = int(self.source.shape[1])
-        every = config.tokens is not None
-        seed = config.seed if config.data_seed is None else config.data_seed
-        options = {} if config.shuffle_rows is None else {"shuffle_rows": config.shuffle_rows}
-        batches = self.source.batches(config.batch_size, seed, None if every else config.epochs, **options)
-        length = None if every else _length(batches)
-        per_epoch = None if length is None else length // config.epochs * config.batch_size
-        self.config = config = config.resolve(d, per_epoch, _sites(self.source))
-        self.device = _device(config.device)
+        batches, self.config = open_batches(config, self.source)
+        config, self.device = self.config, device_of(self.config.device)
         if config.tensorboard:
             check_tensorboard()
-        terms = _try_ops(config, self.device)
-        self.feed = Feed(
-            batches, config.batch_size, d, nonfinite=config.nonfinite, ahead=config.prefetch,
-            pin=self.device.type == "cuda",
-        )  # fmt: skip
+        terms = try_ops(config, self.device)
+        self.feed = new_feed(config, batches, self.device) if feed is None else feed
         self.step, self.seconds = 0, 0.0
         self.interval = Interval(self.device, terms)
         self.objective = objective(config)
         new = found is None
         seed = config.seed if new else None
         self.coder = new_coder(config, seed=seed, device=self.device, sparse_grad=True)
-        self.optimizer = _optimizer(self.coder, config)
+        self.optimizer = new_optimizer(self.coder, config)
         self.dead = DeadLatents(config.layers * config.m, config.dead_window, self.device)
         self.average = WeightAverage(self.coder, config.ema) if config.ema else None
         if new:
@@ -119,17 +110,19 @@ class Trainer:
                 for part in getattr(self.coder, "sources", [self.coder]):
                     init_thresholds_(part, config.threshold_init)
         else:
-            self._resume(found)
+            self._resume(found, shared=feed is not None)
         if self.run_dir is not None:
             start_files(self, new)
 
-    def _resume(self, found: dict[str, Any]) -> None:
+    def _resume(self, found: dict[str, Any], shared: bool) -> None:
         path = self.run_dir / checkpoint.NAME
         self.step, self.seconds, self.interval.counts = found["step"], found["seconds"], found["interval"]
         self.scaling = Scaling.unknown(self.config, self.coder.b_dec.detach())
         self.scaling.scales, self.scaling.variance = tuple(found["scales"]), found["variance"]
+        self.place = found["data"], found["dropped"], self.step
         try:
-            self.feed.load_state_dict(found["data"], found["dropped"], self.step)
+            if not shared:
+                self.feed.load_state_dict(*self.place)
         except (TypeError, AttributeError, KeyError) as error:
             raise FormatError(f"{path}: field 'data' is no place in these data ({error!r})") from error
         checkpoint.load_tensors(self, path)
@@ -155,7 +148,7 @@ class Trainer:
             coder.config = dataclasses.replace(coder.config, k=k)
         dead, k_aux = self._dead()
         moment = Moment(dead, k_aux, self.scaling.variance, config.ramp_at(self.step + 1), self.step)
-        with _autocast(config, self.device):
+        with autocast(config, self.device):
             result = self.objective(coder, x, target, moment)
         result.loss.backward()
         norm = None if config.clip_norm is None else self.optimizer.clip_grad_norm_(config.clip_norm)
@@ -242,12 +235,16 @@ class Trainer:
                         display.say(f"warning: {log.trouble}")
                     if on_log is not None:
                         on_log(row)
-                every = self.config.checkpoint_every
-                due = every and self.step % every == 0 and self.step < goal and not stopped.is_set()
-                if due and self.run_dir is not None:
-                    self._try_checkpoint(display)
-            self._end(display)
+                if self.step < goal and not stopped.is_set():
+                    self.checkpoint_if_due(display)
+            self.end(display)
         return self.export()
+
+    def checkpoint_if_due(self, display: TrainingDisplay) -> None:
+        """Save where `config.checkpoint_every` says so."""
+        every = self.config.checkpoint_every
+        if self.run_dir is not None and every and self.step % every == 0:
+            self._try_checkpoint(display)
 
     def _timed_step(self, stopped: threading.Event) -> dict[str, Any] | None:
         """Wait for a batch and train on it; a row of metrics where one is due. Nothing where `stopped` came first."""
@@ -258,8 +255,10 @@ class Trainer:
             raise ValueError(
                 f"data: ended after step {self.step} of {self.config.steps}; take fewer tokens or more epochs"
             ) from None
-        if x is None:
-            return None
+        return None if x is None else self.take(x, start, self.feed.waited - waited)
+
+    def take(self, x: Tensor, start: float, waited: float) -> dict[str, Any] | None:
+        """Train on a batch that was `waited` seconds for since `start`; a row of metrics where one is due."""
         self.train_step(x)
         logging = self.step % self.config.log_every == 0 or self.step == self.config.steps
         if logging and self.device.type == "cuda":
@@ -267,7 +266,7 @@ class Trainer:
             torch.cuda.synchronize(self.device)
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        self.interval.passed(elapsed, self.feed.waited - waited)
+        self.interval.passed(elapsed, waited)
         return self._row() if logging else None
 
     def _try_checkpoint(self, display: TrainingDisplay) -> None:
@@ -277,7 +276,8 @@ class Trainer:
         except OSError as error:
             display.say(f"warning: no checkpoint of step {self.step:,}: {error.strerror or error}")
 
-    def _end(self, display: TrainingDisplay) -> None:
+    def end(self, display: TrainingDisplay) -> None:
+        """Save the finished coder, or a checkpoint to go on from."""
         if self.finished:
             self._check_finite()
         if self.run_dir is None:
@@ -339,62 +339,3 @@ class Trainer:
         coder.sparse_grad = False
         coder.eval()
         return self.scaling.fold_into(coder)
-
-
-def _length(batches: Any) -> int | None:
-    try:
-        return len(batches)
-    except TypeError:
-        return None
-
-
-def _sites(source: Any) -> tuple[int, ...] | None:
-    """Widths of the parts of a row, where the data say of which they are made."""
-    sites = getattr(source, "meta", {}).get("sites")
-    return tuple(site["width"] for site in sites) if sites else None
-
-
-def _autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
-
-
-def _try_ops(config: TrainConfig, device: torch.device) -> list[str]:
-    """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here.
-
-    Returns the names of the further terms of the loss."""
-    m = max(config.k, config.k_aux)
-    coder = new_coder(config, m, device=device, sparse_grad=True)
-    asks = config.k_aux or config.preact_coefficient
-    dead = torch.ones(config.layers * m, dtype=torch.bool, device=device) if asks else None
-    x, target = (coder.b_dec.new_ones(2, width) for width in (config.input_width, coder.b_dec.numel()))
-    with _autocast(config, device):
-        result = objective(config, m)(coder, x, target, Moment(dead, variance=1.0))
-    result.loss.backward()
-    _optimizer(coder, config).step()
-    if config.form == "matryoshka":  # named by its prefixes, which were cut to the few latents here
-        return list(nested_terms(prefixes_of(config), torch.zeros(len(prefixes_of(config)))))
-    return list(result.terms)
-
-
-def _optimizer(coder: SparseCoder | CrossLayerTranscoder, config: TrainConfig) -> Adam:
-    masked, unit = config.optimizer == "masked", config.unit_decoder
-    named = list(coder.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if name.endswith("W_enc")], "masked": masked},
-        {"params": [p for name, p in named if name.endswith("W_dec")], "masked": masked, "project": unit,
-         "renormalise": unit},
-        {"params": [p for name, p in named if not name.endswith(("W_enc", "W_dec"))]},
-    ]  # fmt: skip
-    return Adam(groups, config.lr, (config.beta1, config.beta2), config.eps)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch sees no GPU here; use 'cpu' or 'auto'")
-    return device
