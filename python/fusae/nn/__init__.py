@@ -15,6 +15,5 @@ from .objectives import CoderLoss, Moment
 __all__ = [
     "CoderLoss", "CrossLayerConfig", "CrossLayerTranscoder", "DeadLatents", "Moment", "SparseCoder",
     "SparseCoderConfig", "geometric_median", "init_firing_rate_", "init_thresholds_", "init_uniform_encoder_",
-    "join_codes", "load", "objectives", "split_codes",
-    "unit_rows_",
+    "join_codes", "load", "objectives", "split_codes", "unit_rows_",
 ]  # fmt: skip
