@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every form and architecture through the trainer: it learns, resumes with the same bits, and is saved for plain rows."""
+"""Every form and architecture in the trainer: it learns, resumes with the same bits, and is saved for plain rows."""
 
 import json
 

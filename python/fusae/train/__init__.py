@@ -8,10 +8,12 @@ from typing import Any
 
 from ..nn import SparseCoder
 from .config import TrainConfig
+from .presets import PRESETS
 from .rows import Rows, open_data
+from .sweep import Sweep
 from .trainer import Trainer
 
-__all__ = ["Rows", "TrainConfig", "Trainer", "TrainingInterrupted", "open_data", "train"]
+__all__ = ["PRESETS", "Rows", "Sweep", "TrainConfig", "Trainer", "TrainingInterrupted", "open_data", "train"]
 
 
 class TrainingInterrupted(KeyboardInterrupt):
