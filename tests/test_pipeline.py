@@ -362,6 +362,28 @@ def test_a_transcoder_is_measured_on_its_target(data, tmp_path, no_figures):
     assert "promoted" in read(tmp_path / "run", "features.json")[0]
 
 
+@pytest.mark.parametrize("fields", [
+    {"form": "batch_topk"}, {"form": "jumprelu", "sparsity": 1e-2}, {"form": "gated"},
+    {"architecture": "skip_transcoder"}, {"architecture": "crosscoder", "form": "matryoshka"},
+    {"architecture": "cross_layer"}, {"architecture": "cross_layer", "form": "jumprelu"},
+], ids=str)  # fmt: skip
+def test_dictionaries_of_every_kind_are_measured(data, tmp_path, no_figures, fields):
+    sites = {
+        "skip_transcoder": ["model.layers.1.mlp:in", "model.layers.1.mlp"],
+        "crosscoder": ["model.layers.0", "model.layers.1"],
+        "cross_layer": [f"model.layers.{i}.mlp{side}" for side in (":in", "") for i in (0, 1)],
+    }
+    config = dataclasses.replace(data, module=sites.get(fields.get("architecture"), "model.layers.1"), features=3)
+    Pipeline(dataclasses.replace(TRAIN, **fields), config, tmp_path / "run", show=False).run()
+    evaluation = read(tmp_path / "run", "eval.json")
+    layers = 2 if fields.get("architecture") == "cross_layer" else 1
+    assert evaluation["latents"] == len(evaluation["density"]) == layers * TRAIN.m
+    assert 0 < evaluation["fvu"] < 2 and evaluation["l0"] > 0
+    assert evaluation["l0"] == pytest.approx(sum(evaluation["density"]), rel=1e-6)
+    assert evaluation["loss"]["tokens"] > 0 and evaluation["kl"]["patched"] > 0
+    assert len(read(tmp_path / "run", "features.json")) == 3
+
+
 def held_out_rows(config):
     """As they are before they are stored."""
     inputs = stages.load_inputs(config)

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
-from ..nn import SparseCoder
+from ..nn import CrossLayerTranscoder, SparseCoder, load
 from ..train import Trainer, checkpoint
 
 
-def load_coder(run: str | Path, device: torch.device | str = "cpu") -> tuple[SparseCoder, int | None]:
+def load_coder(
+    run: str | Path, device: torch.device | str = "cpu"
+) -> tuple[SparseCoder | CrossLayerTranscoder, int | None]:
     """The coder of plain inputs in a run's directory, and after how many steps, for an unfinished run (else None).
 
     Of an unfinished run it is what `Trainer.export` would give at the last checkpoint; nothing in the directory is
@@ -31,7 +33,7 @@ def load_coder(run: str | Path, device: torch.device | str = "cpu") -> tuple[Spa
                 f"{run} holds neither coder/coder.json nor {checkpoint.NAME}: is it the directory of a run? One that "
                 f"was stopped before its first checkpoint goes on with: fusae train --resume {run}"
             )
-        return SparseCoder.load(run / "coder", device).eval(), None
+        return load(run / "coder", device).eval(), None
     about = checkpoint.read_about(path)
     with tempfile.TemporaryDirectory(prefix="fusae-") as scratch:
         (Path(scratch) / checkpoint.NAME).symlink_to(path.resolve())

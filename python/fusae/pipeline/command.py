@@ -261,7 +261,7 @@ def _evaluate_rows(run: Path, rows: Any, show: bool, out: Path | None = None, co
     from .coders import load_coder
 
     coder = load_coder(run)[0] if coder is None else coder
-    evaluation, _ = stage.measure_rows(coder, rows, coder.W_dec.device, show)
+    evaluation, _ = stage.measure_rows(coder, rows, coder.b_dec.device, show)
     evaluation["no_loss"] = "it was measured on rows, without the model they come from"
     stage.save_evaluation(out or run / "eval.json", evaluation)
     return evaluation

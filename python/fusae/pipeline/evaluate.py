@@ -26,7 +26,7 @@ from ..eval import (
     top_passages,
 )
 from ..formats.native import write_json
-from ..nn import SparseCoder
+from ..nn import CrossLayerTranscoder, SparseCoder, join_codes
 from .config import DataConfig
 from .inputs import HELD_OUT_TOKENS, LOSS_TOKENS, Inputs, load_inputs, rows_in
 from .live import LiveRows
@@ -34,21 +34,22 @@ from .live import LiveRows
 EFFECTS = "in standard deviations over all latents"
 
 
-def measure_rows(coder: SparseCoder, rows: Any, device: torch.device, show: bool) -> tuple[dict[str, Any], Tensor]:
+def measure_rows(
+    coder: SparseCoder | CrossLayerTranscoder, rows: Any, device: torch.device, show: bool
+) -> tuple[dict[str, Any], Tensor]:
     """(what eval.json says of the reconstruction of `rows`, their mean row ``[d]``)."""
     view = RowView(coder)
     width = getattr(rows, "shape", (None, view.width))[1]
     if width != view.width:
         raise ValueError(f"rows must have width {view.width}, as the coder was trained on, got {width}")
     metrics = measure(
-        rows, coder.encode, coder.decode, coder.config.m, split=view.split,
-        device=device, progress=show,
-    )  # fmt: skip
+        rows, view.encode_input, view.decode, view.latents, split=view.split, device=device, progress=show
+    )
     return plain(metrics.result()), metrics.mean()
 
 
 def evaluate_text(
-    coder: SparseCoder,
+    coder: SparseCoder | CrossLayerTranscoder,
     inputs: Inputs,
     config: DataConfig,
     rows: Activations | LiveRows,
@@ -62,7 +63,7 @@ def evaluate_text(
     The loss is on the first chunks that hold ``config.loss_tokens``; the mean that ablation puts in is that of `rows`.
     For a model without next-token loss ``no_loss`` says why there is none.
     """
-    view, device = RowView(coder), coder.W_dec.device
+    view, device = RowView(coder), coder.b_dec.device
     evaluation, mean = measure_rows(coder, rows, device, show)
     if (reason := no_next_token(inputs.model)) is not None:
         evaluation["no_loss"] = reason
@@ -93,10 +94,15 @@ def evaluate_text(
 
 
 def evaluate_run(
-    coder: SparseCoder, config: DataConfig, *, everything: bool = False, nonfinite: str = "stop", show: bool = True
+    coder: SparseCoder | CrossLayerTranscoder,
+    config: DataConfig,
+    *,
+    everything: bool = False,
+    nonfinite: str = "stop",
+    show: bool = True,
 ) -> dict[str, Any]:
     """What eval.json holds, for the model and the held-out text that `config` names (with `everything`: all of it)."""
-    inputs = load_inputs(config, coder.W_dec.device, everything=everything)
+    inputs = load_inputs(config, coder.b_dec.device, everything=everything)
     chunks = inputs.chunks(config, "held_out", config.held_out_tokens or HELD_OUT_TOKENS, show)
     wanted = config.held_out_tokens
     if wanted is not None and (found := rows_in(chunks, config)) < wanted:
@@ -117,7 +123,7 @@ def save_evaluation(path: Path, evaluation: dict[str, Any]) -> None:
 
 
 def features(
-    coder: SparseCoder,
+    coder: SparseCoder | CrossLayerTranscoder,
     inputs: Inputs,
     config: DataConfig,
     density: Sequence[float],
@@ -129,9 +135,11 @@ def features(
 ) -> list[dict[str, Any]]:
     """What features.json holds: `config.features` latents, spread over the densities of those that fire."""
     latents = choose_latents(density, config.features, seed=seed) if config.features else []
-    W_dec = coder.W_dec.detach()
+    layered = isinstance(coder, CrossLayerTranscoder)
     effects = None
-    if writes_residual_stream(inputs.model, config.sites, coder):
+    if not layered:
+        W_dec = coder.W_dec.detach()
+    if not layered and writes_residual_stream(inputs.model, config.sites, coder):
         effects = logit_effects(inputs.model, inputs.tokenizer, W_dec[latents], background=W_dec)
     found = top_passages(
         rows,
@@ -142,12 +150,14 @@ def features(
         passages=config.passages,
         effects=effects,
         max_rows=config.passage_tokens,
-        device=W_dec.device,
+        device=coder.b_dec.device,
         progress=show,
     )
-    for feature, nearest in zip(found, nearest_latents(W_dec, latents), strict=True):
+    for feature in found:
         feature["density"] = density[feature["latent"]]  # as everywhere in the report: the share of held-out tokens
-        feature["nearest"] = nearest
+    if not layered:  # whose latents write to different layers
+        for feature, nearest in zip(found, nearest_latents(W_dec, latents), strict=True):
+            feature["nearest"] = nearest
     return found
 
 
@@ -222,12 +232,16 @@ class RowView:
     Attributes:
         width: of a row.
         keep: columns of it that are a transcoder's input, else 0.
+        latents: in all; those of a cross-layer transcoder are joined.
     """
 
-    def __init__(self, coder: SparseCoder) -> None:
+    def __init__(self, coder: SparseCoder | CrossLayerTranscoder) -> None:
         config = coder.config
-        self.coder, self.dtype = coder, coder.W_dec.dtype
-        self.keep = 0 if config.d_out is None else config.d
+        self.coder, self.dtype = coder, coder.b_dec.dtype
+        if isinstance(coder, CrossLayerTranscoder):
+            self.keep, self.latents = config.input_width, config.latents
+        else:
+            self.keep, self.latents = 0 if config.d_out is None else config.d, config.m
         self.width = self.keep + config.output_width
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,7 +251,16 @@ class RowView:
 
     def encode(self, rows: Tensor) -> Any:
         """The codes of rows ``[n, width]``."""
-        return self.coder.encode(self.split(rows)[0])
+        return self.encode_input(self.split(rows)[0])
+
+    def encode_input(self, x: Tensor) -> Any:
+        """The codes of inputs ``[n, keep]`` (of an autoencoder: of rows)."""
+        codes = self.coder.encode(x)
+        return join_codes(codes) if isinstance(self.coder, CrossLayerTranscoder) else codes
+
+    def decode(self, codes: Any, x: Tensor) -> Tensor:
+        """What the coder makes of codes and their inputs."""
+        return self.coder.decode(codes, x).reshape(len(x), -1)
 
     def reconstruct(self, rows: Tensor) -> Tensor:
         """What the coder makes of rows ``[n, width]``: their target, ``[n, width - keep]``."""

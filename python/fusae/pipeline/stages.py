@@ -25,7 +25,7 @@ from ..data import Activations, ActivationStream, TokenChunks, hooks, weights_sh
 from ..eval import write_features, write_report
 from ..formats.native import read_json, write_json
 from ..info import versions
-from ..nn import SparseCoder
+from ..nn import SparseCoder, load
 from ..train import TrainConfig, Trainer, checkpoint
 from ..train.run_dir import CONFIG, METRICS, merge
 from . import evaluate
@@ -254,7 +254,7 @@ class Pipeline:
             trainer.run()
             if not trainer.finished:
                 raise KeyboardInterrupt
-        return SparseCoder.load(self.out / "coder", self.device).eval()
+        return load(self.out / "coder", self.device).eval()
 
     def evaluation(
         self, inputs: Inputs, coder: SparseCoder, held: Activations | LiveRows, chunks: TokenChunks
