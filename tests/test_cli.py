@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -268,3 +269,35 @@ def test_a_preset_on_the_command_line_and_in_a_file(capsys, tmp_path, rows):
     assert (found[1]["form"], found[1]["clip_norm"]) == ("matryoshka", 1.0)
     status, _, said = run(capsys, *arguments, str(tmp_path / "none"), "--preset", "best")
     assert status == 1 and "preset must be one of 'topk'" in said
+
+
+def test_a_sweep(capsys, tmp_path, rows):
+    file, out = tmp_path / "sweep.toml", tmp_path / "sweep"
+    file.write_text(
+        f'data = "{rows}"\nm = 40\nk = 3\nbatch_size = 32\ndata_seed = 1\nlog_every = 5\n'
+        '[runs.k3]\n[runs.wide]\nm = 64\n[runs.batch]\nform = "batch_topk"\n'
+    )
+    status, _, said = run(capsys, "sweep", str(file), "--out", str(out))
+    assert status == 0 and "wide: FVU" in said
+    assert [SparseCoder.load(out / name / "coder").config.m for name in ("k3", "wide", "batch")] == [40, 64, 40]
+    status, _, said = run(capsys, "sweep", str(file), "--out", str(out))
+    assert status == 1 and "holds a sweep; resume it, overwrite it, or take another folder" in said
+    status, _, said = run(capsys, "sweep", "--resume", str(out), "--quiet")
+    assert status == 0 and not said
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("m = 40\n", r"needs a table \[runs.NAME\] for each run of the sweep, got None"),
+        ("m = 40\n[runs.a]\nk = 41\n", "run 'a': k must be between 1 and m = 40, got 41"),
+        ("m = 40\n[runs.a]\nkk = 1\n", "run 'a': a training configuration has no field 'kk'"),
+        ("m = 40\nout = 3\n[runs.a]\n", "out must be a path, got int 3"),
+        ("m = 40\n[runs.a]\n", "--data must be given, as an option or in the configuration file"),
+    ],
+)
+def test_sweep_files_that_will_not_do(capsys, tmp_path, text, message):
+    (tmp_path / "sweep.toml").write_text(text)
+    status, _, said = run(capsys, "sweep", str(tmp_path / "sweep.toml"), "--out", str(tmp_path / "out"))
+    assert status == 1 and re.search(message, said)
+    assert not (tmp_path / "out").exists()

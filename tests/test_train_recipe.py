@@ -179,3 +179,22 @@ def test_tensorboard_that_is_not_installed_is_an_error_before_any_work(tmp_path,
 def test_bad_choices(fields, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Trainer(config(**fields), data(), show=False)
+
+
+def test_a_loss_that_is_not_divided_by_the_variance():
+    x = 3 * data()
+    chosen = {"scale_input": False, "clip_norm": 1e9, "k_aux": 0}
+    rows = {True: [], False: []}
+    for divided, found in rows.items():
+        trainer = Trainer(config(normalise_loss=divided, **chosen), x, show=False)
+        trainer.run(until=1, on_log=found.append)
+    variance = trainer.scaling.variance
+    assert variance > 2
+    assert rows[False][0]["loss"] == pytest.approx(variance * rows[True][0]["loss"], rel=1e-5)
+    assert rows[False][0]["grad_norm"] == pytest.approx(variance * rows[True][0]["grad_norm"], rel=1e-4)
+    assert rows[False][0]["fvu"] == rows[True][0]["fvu"]
+
+
+def test_a_warm_up_that_starts_at_zero():
+    chosen = config(lr=1.0, warmup_steps=4, decay=0.0, warmup_from_zero=True).resolve(D, 640)
+    assert [chosen.lr_at(step) for step in range(1, 7)] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]

@@ -13,6 +13,7 @@ from . import BackendError
 from .demo.command import demo
 from .pipeline.command import evaluate, train, with_fields
 from .pipeline.errors import PipelineError
+from .pipeline.sweep import sweep
 
 _traceback = False
 
@@ -71,6 +72,7 @@ app.command(
     help="Train a sparse dictionary: from text, through a language model, to a report; or on rows of "
     "activations. Ctrl-C saves it for --resume.",
 )(with_fields(train))
+app.command("sweep", help=sweep.__doc__)(sweep)
 app.command("eval", help=evaluate.__doc__)(evaluate)
 app.command("demo")(demo)
 

@@ -50,10 +50,15 @@ class TrainConfig:
         "hundred steps wants 3 to 10 times that",
     )
     warmup_steps: int | None = _field(None, "steps of linear warm-up; default: 5 % of all steps, at most 1000")
+    warmup_from_zero: bool = _field(False, "the first step of the warm-up has learning rate 0, not its first share")
     decay: float = _field(0.2, "share of the steps, at the end, over which the learning rate falls linearly to 0")
     beta1: float = _field(0.9, "Adam's decay rate of the mean gradient")
     beta2: float = _field(0.999, "Adam's decay rate of the mean squared gradient")
     eps: float = _field(1e-8, "Adam's term in the denominator")
+    normalise_loss: bool = _field(
+        True,
+        "divide the squared error by the variance of the data; matters to clip_norm and the weights of other terms",
+    )
     clip_norm: float | None = _field(None, "largest joint norm of all gradients; default: no clipping")
     optimizer: str = _field(
         "dense", "'dense': Adam, exactly; 'masked': a step changes only latents that fired in it (as SparseAdam)"
@@ -167,6 +172,8 @@ class TrainConfig:
             if _fields.number(name, getattr(self, name)) > 1:
                 raise ValueError(f"{name} must be between 0 and 1, a share of the steps, got {getattr(self, name)}")
         for name in (
+            "warmup_from_zero",
+            "normalise_loss",
             "straight_through",
             "unit_decoder",
             "select_by_norm",
@@ -276,7 +283,7 @@ class TrainConfig:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (from 1), of a resolved configuration: warm-up, plateau, linear decay."""
-        rise = step / self.warmup_steps if self.warmup_steps else 1.0
+        rise = (step - self.warmup_from_zero) / self.warmup_steps if self.warmup_steps else 1.0
         decay_steps = self.decay * self.steps
         fall = (self.steps - step + 1) / decay_steps if decay_steps >= 1 else 1.0
         return self.lr * min(1.0, rise, fall)

@@ -33,7 +33,8 @@ PRESETS = {
         "top-k as the library dictionary_learning trains it",
         "saprmarks/dictionary_learning, trainers/top_k.py",
         {
-            "form": "topk", "aux_coefficient": 1 / 32, "clip_norm": 1.0, 
+            "form": "topk", "aux_coefficient": 1 / 32, "clip_norm": 1.0, "normalise_loss": False,
+            "warmup_from_zero": True, 
             "decay": 0.2, "unit_decoder": True,
         },
     ),

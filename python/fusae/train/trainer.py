@@ -147,7 +147,8 @@ class Trainer:
         if coder.config.k != (k := config.k_at(self.step + 1)):
             coder.config = dataclasses.replace(coder.config, k=k)
         dead, k_aux = self._dead()
-        moment = Moment(dead, k_aux, self.scaling.variance, config.ramp_at(self.step + 1), self.step)
+        variance = self.scaling.variance if config.normalise_loss else 1.0
+        moment = Moment(dead, k_aux, variance, config.ramp_at(self.step + 1), self.step)
         with autocast(config, self.device):
             result = self.objective(coder, x, target, moment)
         result.loss.backward()
