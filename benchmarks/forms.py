@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train one dictionary of each kind on a real model, and put what came out side by side.
+"""Train dictionaries of several kinds on a real model, and put what came out side by side.
 
     python benchmarks/forms.py --out runs/forms --results benchmarks/results/DEVICE/forms.json --page docs/forms.md
 
@@ -25,6 +25,7 @@ from fusae.demo.config import DemoConfig
 from fusae.demo.inputs import load_inputs
 from fusae.formats.native import read_json, write_json
 from fusae.pipeline import Pipeline
+from fusae.pipeline.stages import read_settings
 from fusae.testing.bench_row import environment
 from fusae.train import TrainConfig
 
@@ -36,7 +37,11 @@ LAYERS = ("model.layers.9", "model.layers.11", "model.layers.13")
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "TopK": (RESIDUAL, {}),
     "BatchTopK": (RESIDUAL, {"preset": "batch-topk"}),
-    "JumpReLU": (RESIDUAL, {"form": "jumprelu", "penalty": "l0_mean_squared"}),
+    # Thresholds from where about k latents fire, and a wide window: some hundred steps do not move them far.
+    "JumpReLU": (
+        RESIDUAL,
+        {"form": "jumprelu", "penalty": "l0_mean_squared", "threshold_init": 0.1, "bandwidth": 0.05},
+    ),
     "Matryoshka": (RESIDUAL, {"preset": "matryoshka"}),
     "transcoder": (MLP, {"preset": "transcoder"}),
     "skip transcoder": (MLP, {"preset": "skip-transcoder"}),
@@ -60,6 +65,8 @@ def run(name: str, demo: DemoConfig, out: Path, cache: Path) -> dict[str, Any]:
     train, data = settings(name, demo, cache)
     folder = out / name.replace(" ", "-").lower()
     there = (folder / "pipeline.json").exists()
+    if there and (train, data.absolute()) != read_settings(folder):
+        raise SystemExit(f"{folder} holds a run of other settings: take another --out, or remove it")
     given = (None, None) if there else (train, data)
     Pipeline(*given, folder, inputs=lambda: load_inputs(data, cache), resume=there).run()
     about = read_json(folder / "config.json", "a run")
@@ -77,7 +84,7 @@ def page(results: dict[str, Any]) -> str:
     rows = results["runs"]
     first = rows[0]
     lines = [
-        "# One dictionary of each kind",
+        "# Dictionaries of several kinds on a real model",
         "",
         "<!-- made by benchmarks/forms.py; do not edit -->",
         "",
@@ -106,7 +113,7 @@ def page(results: dict[str, Any]) -> str:
         "FVU is of the target: what the module puts out (for a transcoder, rebuilt from what goes into it; for a",
         "crosscoder, of all its layers together). The loss is in nats per token, with the target replaced by what the",
         "dictionary makes of it, at all sites of a crosscoder at once. Dead: latents active on no held-out token.",
-        "These are short runs, to see every kind work; published ones train on a thousand times as many tokens.",
+        "These are short runs, to see the kinds work; published ones train on a thousand times as many tokens.",
         "",
     ]
     return "\n".join(lines)
@@ -117,10 +124,12 @@ def main(
     results: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
     page_path: Annotated[Path | None, typer.Option("--page", help="Markdown page to write")] = None,
     only: Annotated[list[str] | None, typer.Option(help="of the kinds; default: all")] = None,
+    epochs: Annotated[int, typer.Option(help="passes over the tokens")] = 4,
     quick: Annotated[bool, typer.Option("--quick", help="everything small, to see that it runs")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="for downloads and activations")] = None,
 ) -> None:
-    demo, cache = DemoConfig.quick() if quick else DemoConfig(), cache_dir or default_cache_dir()
+    demo = DemoConfig.quick() if quick else DemoConfig(epochs=epochs, latents=20)
+    cache = cache_dir or default_cache_dir()
     wanted = only or list(RUNS)
     if unknown := [name for name in wanted if name not in RUNS]:
         raise SystemExit(f"only must be among {', '.join(RUNS)}, got {', '.join(unknown)}")

@@ -112,13 +112,16 @@ def main(
         status, end = process.wait(), time.monotonic()
         report = (run or folder / "run") / "report.html"
         size = report.stat().st_size if report.exists() else 0
-        last = json.loads(((run or folder / "run") / "metrics.jsonl").read_text().splitlines()[-1])
+        metrics = (run or folder / "run") / "metrics.jsonl"
+        last = json.loads(metrics.read_text().splitlines()[-1]) if metrics.exists() else None
     warnings = [line for _, line in lines if "warning" in line.lower()]
     stages = stages_of(lines, samples, end)
+    uneven = []
     for stage in stages:
         flat = max(-stage["low"], stage["high"]) <= BAND
         print(f"{'flat' if flat else 'NOT FLAT'} {stage['stage']}: {stage['median_bytes'] / 2**20:,.0f} MiB "
               f"{100 * stage['low']:+.1f} % {100 * stage['high']:+.1f} %, {stage['seconds']:,.0f} s")  # fmt: skip
+        uneven += [] if flat else [stage["stage"]]
     print(f"exit {status}, {len(warnings)} warnings, report of {size / 2**20:.1f} MiB, {end - begun:,.0f} s")
     if out is not None:
         write_json(out, {
@@ -126,7 +129,7 @@ def main(
             "stages": stages, "report_bytes": size, "seconds": round(end - begun, 1), "last": last,
             **environment(command=shlex.join(["python", "benchmarks/long_run.py", *sys.argv[1:]])),
         })  # fmt: skip
-    if status or warnings:
+    if status or warnings or uneven:
         raise SystemExit(1)
 
 

@@ -70,6 +70,7 @@ def main(
             print(f"block {block - 1}: bare {1e3 * alone[-1]:.1f} ms, trainer {1e3 * trained[-1]:.1f} ms, "
                   f"ratio {ratios[-1]:.3f}, waited {100 * waits[-1]:.1f} %", flush=True)  # fmt: skip
     ratio, wait = statistics.median(ratios), statistics.median(waits)
+    missed = ratio > BAR or wait > WAIT_BAR
     for what, value, bar in (("time of a step over the bare step", ratio, BAR), ("share of waiting", wait, WAIT_BAR)):
         print(f"{'reached' if value <= bar else 'MISSED '} {what}: {value:.3f}, bar ≤ {bar}")
     if out is not None:
@@ -80,6 +81,8 @@ def main(
             "ratio": ratio, "waits": waits, "wait": wait, "bars": {"ratio": BAR, "wait": WAIT_BAR},
             **environment(command=shlex.join(["python", "benchmarks/trainer.py", *sys.argv[1:]])),
         })  # fmt: skip
+    if missed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

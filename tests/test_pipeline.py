@@ -365,6 +365,7 @@ def test_a_transcoder_is_measured_on_its_target(data, tmp_path, no_figures):
 @pytest.mark.parametrize("fields", [
     {"form": "batch_topk"}, {"form": "jumprelu", "sparsity": 1e-2}, {"form": "gated"},
     {"architecture": "skip_transcoder"}, {"architecture": "crosscoder", "form": "matryoshka"},
+    {"architecture": "transcoder", "store": "stream"},
     {"architecture": "cross_layer"}, {"architecture": "cross_layer", "form": "jumprelu"},
 ], ids=str)  # fmt: skip
 def test_dictionaries_of_every_kind_are_measured(data, tmp_path, no_figures, fields):
@@ -373,7 +374,12 @@ def test_dictionaries_of_every_kind_are_measured(data, tmp_path, no_figures, fie
         "crosscoder": ["model.layers.0", "model.layers.1"],
         "cross_layer": [f"model.layers.{i}.mlp{side}" for side in (":in", "") for i in (0, 1)],
     }
-    config = dataclasses.replace(data, module=sites.get(fields.get("architecture"), "model.layers.1"), features=3)
+    sites["transcoder"] = sites["skip_transcoder"]
+    fields = dict(fields)
+    config = dataclasses.replace(
+        data, module=sites.get(fields.get("architecture"), "model.layers.1"), features=3,
+        store=fields.pop("store", "float16"),
+    )  # fmt: skip
     Pipeline(dataclasses.replace(TRAIN, **fields), config, tmp_path / "run", show=False).run()
     evaluation = read(tmp_path / "run", "eval.json")
     layers = 2 if fields.get("architecture") == "cross_layer" else 1

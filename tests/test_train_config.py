@@ -45,7 +45,7 @@ def test_files(tmp_path, suffix):
     path = tmp_path / f"run{suffix}"
     if suffix == ".toml":
         config.write(path)
-        assert "or wanted (jumprelu)\nk = 4\n" in path.read_text()
+        assert "and other penalties\nk = 4\n" in path.read_text()
     else:
         path.write_text(json.dumps(config.to_dict()))
     assert TrainConfig.read(path) == config

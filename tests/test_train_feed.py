@@ -122,18 +122,18 @@ def test_an_error_of_the_source_is_raised_where_its_batch_is_due(ahead):
 
 
 def test_waiting_is_measured_and_can_be_cut_short():
-    ours = feed(delay=0.05, ahead=1)
+    ours = feed(delay=0.5, ahead=1)
     ours.next()
-    assert ours.waited > 0.04
-    ready = feed(delay=0.001, ahead=4)
+    assert ours.waited > 0.4
+    ready = feed(delay=0.5, ahead=4)
     ready.peek(4 * B)
     before = ready.waited
     ready.next()
-    assert ready.waited - before < 0.04
-    slow, stop = feed(delay=2.0), threading.Event()
+    assert ready.waited - before < 0.4, "it was there already"
+    slow, stop = feed(delay=1.5), threading.Event()
     threading.Timer(0.1, stop.set).start()
     start = time.perf_counter()
-    assert slow.next(stop) is None and time.perf_counter() - start < 1.0
+    assert slow.next(stop) is None and time.perf_counter() - start < 1.4
     for one in (ours, ready, slow):
         one.close()
 

@@ -91,8 +91,6 @@ def test_architectures_are_saved_for_plain_rows(tmp_path, form, architecture):
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_a_configuration_that_trains(name):
     fields = {"m": M, "k": K, "preset": name, "batch_size": B, "tokens": 2560}
-    if PRESETS[name].fields.get("k_aux"):
-        fields["k_aux"] = 8
     if "coder" in name:
         fields["sites"] = [D // 2, D // 2]
     chosen = TrainConfig.from_dict(fields)
@@ -146,6 +144,12 @@ def test_defaults_of_a_form():
         ({"form": "jumprelu", "k_start": 5}, "k_start must not be given with form 'jumprelu', got 5"),
         ({"form": "relu", "bandwidth": 0.1}, "bandwidth is 0.1, which form 'relu' does not use; it is for: jumprelu"),
         ({"form": "group_max", "k": 5}, "k must divide m = 48 with form 'group_max', got 5"),
+        ({"form": "group_max", "k_start": 6}, "k_start must not be given with form 'group_max' .k divides m., got 6"),
+        ({"form": "jumprelu", "select_by_norm": True}, "select_by_norm must be false with form 'jumprelu'"),
+        ({"penalty": "tanh"}, "penalty is 'tanh', which form 'topk' does not use; it is for: jumprelu"),
+        ({"form": "relu", "aux_coefficient": 0.5}, "aux_coefficient is 0.5, which form 'relu' does not use"),
+        ({"sparsity_warmup": 0.5}, "sparsity_warmup is 0.5, which form 'topk' does not use"),
+        ({"threshold_decay": 0.5}, "threshold_decay is 0.5, which form 'topk' does not use; it is for: batch_topk"),
         ({"form": "matryoshka", "prefixes": "12,6"}, "prefixes must rise to at most m = 48, got '12,6'"),
         ({"form": "matryoshka", "prefixes": "12,49"}, "prefixes must rise to at most m = 48, got '12,49'"),
         ({"form": "matryoshka", "prefixes": "few"}, "prefixes must be widths of at least 1 with commas .* got 'few'"),
@@ -155,7 +159,7 @@ def test_defaults_of_a_form():
         ({"architecture": "transcoder"}, r"sites must be the widths of input and target of a transcoder, got \[24\]"),
         ({"architecture": "transcoder", "sites": "8,8,8"}, "sites must be the widths of input and target"),
         ({"architecture": "crosscoder"}, r"sites must name the parts of a crosscoder's row, two or more, got \[24\]"),
-        ({"sparsity_warmup": 2.0}, "sparsity_warmup must be between 0 and 1, a share of the steps, got 2.0"),
+        ({"form": "relu", "sparsity_warmup": 2.0}, "sparsity_warmup must be between 0 and 1, a share of the steps"),
         ({"threshold_decay": 1.0}, "threshold_decay must be at least 0 and less than 1, got 1.0"),
         ({"straight_through": True}, "straight_through is True, which form 'topk' does not use; it is for: jumprelu"),
     ],
@@ -168,3 +172,23 @@ def test_fields_that_do_not_go_together(fields, message):
 def test_an_unknown_preset():
     with pytest.raises(ValueError, match="preset must be one of 'topk', .* got 'best'"):
         TrainConfig.from_dict({"m": 8, "preset": "best"})
+
+
+def test_group_max_with_an_auxiliary_width_that_its_groups_do_not_divide():
+    rows = []
+    Trainer(config("group_max", k=4, k_aux=6, tokens=640), data(), show=False).run(on_log=rows.append)
+    assert rows[-1]["step"] == 10
+
+
+def test_a_coder_that_was_resumed_while_k_falls_exports_the_k_of_its_step(tmp_path):
+    trainer = Trainer(config(k_start=20, k_anneal_steps=30, tokens=2560), data(), tmp_path, show=False)
+    assert trainer.run(until=11).config.k == Trainer(None, data(), tmp_path, resume=True, show=False).export().config.k
+
+
+def test_a_run_is_resumed_with_the_fields_that_began_it(tmp_path):
+    given = {"m": M, "k": K, "preset": "matryoshka", "batch_size": B, "tokens": 2560, "prefixes": [12, 24]}
+    Trainer(TrainConfig.from_dict(given), data(), tmp_path, show=False).run(until=3)
+    resumed = Trainer(given, data(), tmp_path, resume=True, show=False)
+    assert (resumed.step, resumed.config.form, resumed.config.prefixes) == (3, "matryoshka", "12,24")
+    with pytest.raises(ValueError, match="form is 'gated', the run to resume has 'matryoshka'"):
+        Trainer(given | {"preset": "gated"}, data(), tmp_path, resume=True, show=False)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several dictionaries on one stream: each is bit for bit the one that it would have become alone."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from fusae.formats import FormatError
+from fusae.formats import FormatError, native
 from fusae.nn import SparseCoder
 from fusae.train import Rows, Sweep, TrainConfig, Trainer
 
@@ -86,6 +87,11 @@ def test_runs_that_were_saved_at_different_steps_meet_again(tmp_path):
     (tmp_path / "batch" / CHECKPOINT).unlink()
     again = Sweep(None, x, tmp_path, resume=True, show=False)
     assert {name: t.step for name, t in again.trainers.items()} == {"small": 23, "wide": 10, "batch": 0}
+    before = (tmp_path / "small" / CHECKPOINT).read_bytes()
+    again.run(until=12)
+    assert (tmp_path / "small" / CHECKPOINT).read_bytes() == before, "one that is ahead stays as it was saved"
+    again = Sweep(None, x, tmp_path, resume=True, show=False)
+    assert {name: t.step for name, t in again.trainers.items()} == {"small": 23, "wide": 12, "batch": 12}
     assert all(same(coder, whole[name]) for name, coder in again.run().items())
     assert Sweep(None, x, tmp_path, resume=True, show=False).finished == list(configs())
 
@@ -107,11 +113,50 @@ def test_one_that_diverges_does_not_end_the_others(tmp_path):
     coders = sweep.run()
     assert set(coders) == {"small", "batch"} and "holds NaN or infinite values" in str(sweep.failed["wide"])
     assert not (tmp_path / "wide" / "coder").exists() and (tmp_path / "small" / "coder").exists()
+    again = Sweep(None, data(), tmp_path, resume=True, show=False)
+    assert again.finished == ["small", "batch"] and not again.trainers and again.run() == {}
     alone = Sweep({"only": configs()["small"]}, data(), show=False)
     with torch.no_grad():
         alone.trainers["only"].coder.W_dec.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="every run of the sweep diverged: only: "):
         alone.run()
+
+
+def test_one_that_cannot_be_saved_does_not_cost_the_others(tmp_path, monkeypatch):
+    end = Trainer.end
+
+    def fail(self, display):
+        if self.run_dir.name == "small":
+            raise OSError(28, "no room")
+        if self.run_dir.name == "wide":
+            raise FloatingPointError("W_enc holds NaN")
+        end(self, display)
+
+    monkeypatch.setattr(Trainer, "end", fail)
+    sweep = Sweep(configs(), data(), tmp_path, show=False)
+    with pytest.raises(OSError, match="no room"):
+        sweep.run()
+    assert set(sweep.failed) == {"wide"} and (tmp_path / "batch" / "coder" / "coder.json").exists()
+
+
+def test_bad_rows_leave_what_was_learned(tmp_path):
+    x = data()
+    sweep = Sweep(configs(checkpoint_every=0), x, tmp_path, show=False)
+    sweep.run(until=10)
+    for name in configs():
+        (tmp_path / name / CHECKPOINT).unlink()
+    x[:] = torch.nan
+    sweep.feed.close()
+    with pytest.raises(ValueError, match="rows hold NaN or infinite values"):
+        sweep.run()
+    assert all(native.open_tensors(tmp_path / name / CHECKPOINT, "")[1]["step"] >= 10 for name in configs())
+
+
+def test_a_bad_last_configuration_leaves_nothing_behind(tmp_path):
+    chosen = configs() | {"bad": dataclasses.replace(configs()["small"], d=13)}
+    with pytest.raises(ValueError, match="configs: run 'bad': d must be the width of the data, 12, got 13"):
+        Sweep(chosen, data(), tmp_path / "sweep", show=False)
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_rows_are_told_apart_by_the_name_of_their_run(capfd):
@@ -154,8 +199,8 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="state: fingerprint|state: sha256"):
         Sweep(None, data(seed=1), tmp_path, resume=True, show=False)
     assert Sweep(configs(), data(), tmp_path, overwrite=True, show=False).step == 0
-    (tmp_path / "sweep.json").write_text('{"small": {"m": 3, "k": 4}}')
-    with pytest.raises(FormatError, match="sweep.json: k must be between 1 and m = 3, got 4"):
+    (tmp_path / "sweep.json").write_text('{"runs": {"small": {"m": 3, "k": 4}}, "failed": {}}')
+    with pytest.raises(FormatError, match="sweep.json: .*k must be between 1 and m = 3, got 4"):
         Sweep(None, data(), tmp_path, resume=True, show=False)
     with pytest.raises(FileNotFoundError, match="expected the settings of a sweep"):
         Sweep(None, data(), tmp_path / "none", resume=True, show=False)

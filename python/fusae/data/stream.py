@@ -87,7 +87,8 @@ class ActivationStream:
             "chunks_a_pass": batch_size,
             "source": source,
         }
-        compared = {name: value for name, value in self.inputs.items() if name != "source"}
+        # A run that was stopped by a row that is not finite may go on without such rows.
+        compared = {name: value for name, value in self.inputs.items() if name not in ("source", "nonfinite")}
         self.fingerprint = hashlib.sha256(repr(sorted(compared.items())).encode()).hexdigest()
         self._last: StreamBatches | None = None
 

@@ -92,7 +92,8 @@ def top_passages(
 
     Returns:
         One dict a latent, in the order of `latents`: ``latent``; ``density``, share of the rows on which it is active;
-        ``max_value``; ``histogram`` of its activations (`ActivationHistograms`); ``passages``, strongest first, each
+        ``max_value`` (by magnitude, for latents of either sign); ``histogram`` of its activations
+        (`ActivationHistograms`); ``passages``, strongest first, each
         ``{"tokens": [str], "values": [float], "peak": int}`` (values of positions that are not among the rows are 0; a
         token that ends inside a character is "" and the token that completes it shows the character); with `effects`
         also ``promoted`` and ``suppressed``.
@@ -128,7 +129,7 @@ def top_passages(
             grid = np.zeros((len(ids), chunks.shape[1], len(latents)), dtype=np.float32)
             grid[row_of, where[:, 1]] = values
             for column, kept in enumerate(best):
-                peaks = grid[:, :, column].max(1)
+                peaks = np.abs(grid[:, :, column]).max(1)
                 for place in np.argsort(-peaks, kind="stable")[:passages]:
                     if peaks[place] > 0:
                         kept.append((float(peaks[place]), int(ids[place]), grid[place, :, column].copy()))

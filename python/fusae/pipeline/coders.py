@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -34,9 +36,13 @@ def load_coder(
                 f"was stopped before its first checkpoint goes on with: fusae train --resume {run}"
             )
         return load(run / "coder", device).eval(), None
-    about = checkpoint.read_about(path)
     with tempfile.TemporaryDirectory(prefix="fusae-") as scratch:
-        (Path(scratch) / checkpoint.NAME).symlink_to(path.resolve())
+        # The same file even where the run replaces or removes it meanwhile.
+        try:
+            os.link(path, Path(scratch) / checkpoint.NAME)
+        except OSError:  # another file system
+            shutil.copyfile(path, Path(scratch) / checkpoint.NAME)
+        about = checkpoint.read_about(Path(scratch) / checkpoint.NAME)
         given = {"device": str(device), "tensorboard": False}
         trainer = Trainer(given, _NoRows(about["config"].d), scratch, resume=True, show=False)
     return trainer.export().eval(), trainer.step
@@ -48,7 +54,7 @@ class _NoRows:
     def __init__(self, d: int) -> None:
         self.shape = (None, d)
 
-    def batches(self, *_: Any) -> _NoRows:
+    def batches(self, *_: Any, **_options: Any) -> _NoRows:
         return self
 
     def __iter__(self) -> _NoRows:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..train.presets import PRESETS
+from ..train.presets import PRESETS, fields_of
 
 
 def train(
@@ -39,7 +39,10 @@ def train(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help=f"a published recipe: {', '.join(PRESETS)}; fields given here win", show_default=False),
+        typer.Option(
+            help=f"a published recipe, over the fields of CONFIG and under the options: {', '.join(PRESETS)}",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -56,10 +59,18 @@ def train(
 
     settings = Settings() if file is None else Settings.read(file)
     options = {name: value for name, value in fields.items() if value not in (None, [], ())}
+    train_fields = {f.name for f in dataclasses.fields(TrainConfig)}
     for config, given in ((TrainConfig, settings.train), (DataConfig, settings.data)):
         given |= {f.name: options[f.name] for f in dataclasses.fields(config) if f.name in options}
-    if preset is not None:
-        settings.train["preset"] = preset
+    if resume is not None and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite replaces one; give one of them")
+    if preset is not None:  # over the file and its preset, under the options
+        settings.train.pop("preset", None)
+        settings.train = {
+            **settings.train,
+            **fields_of(preset),
+            **{k: v for k, v in options.items() if k in train_fields},
+        }
     if isinstance(settings.data.get("module"), list) and len(settings.data["module"]) == 1:
         settings.data["module"] = settings.data["module"][0]
     if data is not None:

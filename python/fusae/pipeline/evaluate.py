@@ -196,12 +196,11 @@ def stored_or_live(
             inputs.model, chunks, config.sites, row_filter(config, nonfinite), rows_in(chunks, config),
             batch_size=config.chunk_batch, limits=limits,
         )  # fmt: skip
-    key = hashlib.sha256(chunks.sha256().encode())
-    for value in (
-        model_sha256, config.sites, config.model_dtype, config.skip_positions, config.outlier_factor,
-        config.drop_special, chunks.special, config.store, config.chunk_batch,
-    ):  # fmt: skip
-        key.update(repr(value).encode())
+    named = (
+        chunks.sha256(), model_sha256, config.sites, config.model_dtype, config.skip_positions, config.outlier_factor,
+        config.drop_special, chunks.special, config.store, config.chunk_batch, nonfinite,
+    )  # fmt: skip
+    key = hashlib.sha256(repr(named).encode())
     folder = Path(config.cache or default_cache_dir() / "activations")
     return collect(
         inputs.model,

@@ -27,7 +27,8 @@ from ..formats.native import read_json, write_json
 from ..info import versions
 from ..nn import SparseCoder, load
 from ..train import TrainConfig, Trainer, checkpoint
-from ..train.run_dir import CONFIG, METRICS, merge
+from ..train.run_dir import CONFIG, METRICS, locked, merge
+from ..train.setup import device_of
 from . import evaluate
 from .config import DataConfig
 from .errors import PipelineError
@@ -101,7 +102,8 @@ class Pipeline:
                 f"out: {self.out} holds a run ({', '.join(present)}); resume it, overwrite it, or take another one"
             )
         # The mark goes first: without it, what is left of a removal cut short is not taken for this run's.
-        remove(self.out, every)
+        with locked(self.out):
+            remove(self.out, every)
         write_json(marker, {"train": self.train.to_dict(), "data": self.data.to_dict(), "versions": _versions()})
 
     def _resume(self, train: Any, data: Any) -> tuple[TrainConfig, DataConfig]:
@@ -198,6 +200,14 @@ class Pipeline:
         with hooks.evaluating(inputs.model):
             ids, mask = hooks.batch_of(hooks.check_chunks(chunks, inputs.model), slice(0, 1), self.device)
             width = hooks.run_to(inputs.model, sites, ids, mask).shape[-1]
+        if self.train.is_transcoder:
+            half = len(sites.names) // 2
+            for name in sites.names[half:]:
+                if name.endswith(":in") and not all(other.endswith(":in") for other in sites.names[:half]):
+                    raise ValueError(
+                        f"module: all inputs come first and then all targets, got {', '.join(sites.names)}; the input "
+                        f"{name} is among the targets"
+                    )
         rows = rows_in(chunks, self.data)
         self.train.resolve(width, rows - rows % self.train.batch_size, sites.widths)
 
@@ -254,6 +264,7 @@ class Pipeline:
             trainer.run()
             if not trainer.finished:
                 raise KeyboardInterrupt
+            remove(self.out, self.results)  # what `fusae eval` may have measured meanwhile
         return load(self.out / "coder", self.device).eval()
 
     def evaluation(
@@ -347,15 +358,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:<number>', got {name!r}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {name!r}, but torch sees no GPU here; use 'cpu' or 'auto'")
-    return device

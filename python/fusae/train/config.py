@@ -23,7 +23,11 @@ class TrainConfig:
     """The choices of a training run. Checked on construction; `resolve` fills in what is left to the data."""
 
     m: int = dataclasses.field(metadata={"help": "latents (dictionary size)"})
-    k: int = _field(32, "latents active per token: exactly, on average (batch_topk), or wanted (jumprelu)")
+    k: int = _field(
+        32,
+        "latents active per token: exactly, on average (batch_topk, matryoshka), or aimed at (jumprelu with a squared "
+        "penalty); no more than a number to relu, gated and other penalties",
+    )
     form: str = _field("topk", f"how latents are chosen and trained: {', '.join(map(repr, FORMS))}")
     architecture: str = _field(
         "autoencoder",
@@ -57,7 +61,7 @@ class TrainConfig:
     eps: float = _field(1e-8, "Adam's term in the denominator")
     normalise_loss: bool = _field(
         True,
-        "divide the squared error by the variance of the data; matters to clip_norm and the weights of other terms",
+        "divide the squared error by the variance of the data, which scale_input has made 1 already",
     )
     clip_norm: float | None = _field(None, "largest joint norm of all gradients; default: no clipping")
     optimizer: str = _field(
@@ -109,7 +113,7 @@ class TrainConfig:
     ema: float = _field(
         0.0,
         "decay rate of an average of the weights over the steps, which the saved coder then has; 0: the last weights; "
-        "0.999 averages over some thousand steps",
+        "0.999 averages over some thousand steps (the threshold of batch_topk stays that of the last weights)",
     )
     centre_input: bool = _field(
         False, "train on data less their mean row; undone in the saved coder. For data far from the origin in 16 bits"
@@ -306,13 +310,10 @@ class TrainConfig:
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
         """From plain values; an unknown field is an error. The values of ``preset``, if one is named, serve where
         nothing else is given."""
-        _fields.known("a training configuration", values, ["preset", *(f.name for f in dataclasses.fields(cls))])
-        values = dict(values)
-        if (preset := values.pop("preset", None)) is not None:
-            values = {**fields_of(preset), **values}
+        values = expanded(values)
         if "m" not in values:
             raise ValueError("a training configuration needs m, the number of latents")
-        return cls(**{name: _as_written(name, value) for name, value in values.items()})
+        return cls(**values)
 
     @classmethod
     def read(cls, path: str | Path) -> TrainConfig:
@@ -345,6 +346,17 @@ TrainConfig.__doc__ += "\n\n    Attributes:\n" + "\n".join(
     + ("" if f.default in (None, dataclasses.MISSING) else f" Default: {f.default!r}.")
     for f in dataclasses.fields(TrainConfig)
 )
+
+
+def expanded(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields as a file or a command gives them, with those of their ``preset`` where they give nothing else.
+
+    Raises `ValueError` for an unknown field or preset.
+    """
+    _fields.known("a training configuration", values, ["preset", *(f.name for f in dataclasses.fields(TrainConfig))])
+    values = {name: _as_written(name, value) for name, value in values.items()}
+    preset = values.pop("preset", None)
+    return values if preset is None else {**fields_of(preset), **values}
 
 
 def _as_written(name: str, value: Any) -> Any:

@@ -26,26 +26,29 @@ class Form(NamedTuple):
     uses: tuple[str, ...] = ()
 
 
+_AUX = ("aux_coefficient",)
+_SPARSITY = ("sparsity", "sparsity_warmup")
 FORMS = {
-    "topk": Form("topk", uses=("multi_topk",)),
-    "abs": Form("abs", "none"),
-    "group_max": Form("group_max"),
-    "hierarchical": Form("topk"),
-    "batch_topk": Form("batch_topk"),
-    "matryoshka": Form("batch_topk", uses=("prefixes",)),
-    "relu": Form("relu", uses=("sparsity",)),
+    "topk": Form("topk", uses=(*_AUX, "multi_topk")),
+    "abs": Form("abs", "none", uses=_AUX),
+    "group_max": Form("group_max", uses=_AUX),
+    "hierarchical": Form("topk", uses=_AUX),
+    "batch_topk": Form("batch_topk", uses=(*_AUX, "threshold_decay")),
+    "matryoshka": Form("batch_topk", uses=(*_AUX, "threshold_decay", "prefixes")),
+    "relu": Form("relu", uses=_SPARSITY),
     "jumprelu": Form(
         "threshold",
-        uses=("sparsity", "straight_through", "preact_coefficient", "bandwidth", "threshold_init"),
+        uses=(*_SPARSITY, "penalty", "straight_through", "preact_coefficient", "bandwidth", "threshold_init"),
     ),
-    "gated": Form("relu", uses=("sparsity",)),
+    "gated": Form("relu", uses=_SPARSITY),
 }
 UNBOUNDED = ("relu", "threshold")
 # What a cross-layer transcoder can be trained as.
 _CROSS_LAYER = ("topk", "batch_topk", "relu", "jumprelu")
 # Fields that do nothing except with some forms, and the value that means "not given".
 _SPECIAL = {
-    "multi_topk": 0.0, "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": None,
+    "aux_coefficient": 1 / 32, "multi_topk": 0.0, "penalty": "l0", "sparsity_warmup": 0.1, "threshold_decay": 0.999,
+    "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": None,
     "bandwidth": None, "threshold_init": None,
 }  # fmt: skip
 
@@ -70,8 +73,13 @@ def check_form(config: TrainConfig) -> None:
             raise ValueError(f"multi_topk must be 0 with architecture 'cross_layer', got {config.multi_topk}")
     widths_of("sites", config.sites)
     prefixes_of(config)
-    if config.form == "group_max" and config.m % config.k:
-        raise ValueError(f"k must divide m = {config.m} with form 'group_max', got {config.k}")
+    if config.form == "group_max":
+        if config.m % config.k:
+            raise ValueError(f"k must divide m = {config.m} with form 'group_max', got {config.k}")
+        if config.k_start is not None:
+            raise ValueError(f"k_start must not be given with form 'group_max' (k divides m), got {config.k_start}")
+    if config.form == "jumprelu" and config.select_by_norm:
+        raise ValueError("select_by_norm must be false with form 'jumprelu': thresholds are of activations alone")
 
 
 def widths_of(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ PRESETS = {
         "top-k with AuxK and averaged weights",
         "Gao et al. 2024, arXiv:2406.04093, and the code released with it",
         {
-            "form": "topk", "k_aux": 512, "aux_coefficient": 1 / 32, "eps": 6.25e-10,
+            "form": "topk", "aux_coefficient": 1 / 32, "eps": 6.25e-10,
             "warmup_steps": 0, "decay": 0.0, "ema": 0.999, "unit_decoder": True, "lr": 1e-4,
         },
     ),

@@ -56,7 +56,9 @@ class TrainingDisplay:
         """A row of metrics.jsonl (of the run called `name`, where there are several)."""
         rate = f"{row['tokens_per_s']:,.0f} tokens/s"
         quality = "" if name is None else f"{name}: "
-        quality += f"FVU {row['fvu']:.3f}  L0 {row['l0']:.1f}  dead {row['dead']:,}"
+        quality += (
+            f"FVU {'-' if row['fvu'] is None else format(row['fvu'], '.3f')}  L0 {row['l0']:.1f}  dead {row['dead']:,}"
+        )
         self._progress.update(self._task, rate=rate, quality=quality)
         now = time.monotonic()
         if self._live or (now - self._last_line < _LINE_EVERY and not last):

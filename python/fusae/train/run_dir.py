@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import _fields
 from ..formats.native import remove_scratch, replacing, write_json
 from ..info import versions
 from . import checkpoint
-from .config import TrainConfig
+from .config import TrainConfig, expanded
 from .metrics import EVENTS, METRICS
 from .rows import describe
 
@@ -32,7 +31,8 @@ _FILES = (
     CONFIG, METRICS, checkpoint.NAME, _DONE, f"{CODER}/coder.safetensors",
     "eval.json", "features.json", "bench.json", "report.html",
 )  # fmt: skip
-# May differ between a run and its continuation: they do not change the result (of rows that are all finite).
+# May differ between a run and its continuation: they do not change the result (but for the rounding of another device,
+# and for rows that are not finite).
 _FREE = ("log_every", "checkpoint_every", "prefetch", "tensorboard", "nonfinite", "device")
 
 
@@ -85,8 +85,7 @@ def merge(given: TrainConfig | dict[str, Any] | None, stored: TrainConfig) -> Tr
     """The stored configuration with the given free choices; anything else given must agree with it."""
     if given is None:
         return stored
-    values = given.to_dict() if isinstance(given, TrainConfig) else given
-    _fields.known("a training configuration", values, [f.name for f in dataclasses.fields(TrainConfig)])
+    values = given.to_dict() if isinstance(given, TrainConfig) else expanded(given)
     for name, mine in values.items():
         theirs = getattr(stored, name)
         if name == "tokens" and isinstance(mine, int):

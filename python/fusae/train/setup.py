@@ -21,6 +21,8 @@ def open_batches(config: TrainConfig, source: Any) -> tuple[Any, TrainConfig]:
     every = config.tokens is not None
     seed = config.seed if config.data_seed is None else config.data_seed
     options = {} if config.shuffle_rows is None else {"shuffle_rows": config.shuffle_rows}
+    if options and source.shape[0] is None:
+        raise ValueError("shuffle_rows is for rows on disk; a stream mixes as many as its buffer_rows")
     batches = source.batches(config.batch_size, seed, None if every else config.epochs, **options)
     length = None if every else _length(batches)
     per_epoch = None if length is None else length // config.epochs * config.batch_size
@@ -44,7 +46,7 @@ def _length(batches: Any) -> int | None:
 
 def _sites(source: Any) -> tuple[int, ...] | None:
     """Widths of the parts of a row, where the data say of which they are made."""
-    sites = getattr(source, "meta", {}).get("sites")
+    sites = getattr(source, "sites", None)
     return tuple(site["width"] for site in sites) if sites else None
 
 
@@ -56,7 +58,7 @@ def try_ops(config: TrainConfig, device: torch.device) -> list[str]:
     """One step with as few latents as will do: a backend that was asked for and cannot run an op says so here.
 
     Returns the names of the further terms of the loss."""
-    m = max(config.k, config.k_aux)
+    m = -(-max(config.k, config.k_aux) // config.k) * config.k  # whole groups, for a group_max
     coder = new_coder(config, m, device=device, sparse_grad=True)
     asks = config.k_aux or config.preact_coefficient
     dead = torch.ones(config.layers * m, dtype=torch.bool, device=device) if asks else None

@@ -19,16 +19,16 @@ from .metrics import MetricsLog
 from .progress import TrainingDisplay
 from .rows import open_data
 from .run_dir import CODER, locked
-from .setup import device_of, new_feed, open_batches
+from .setup import device_of, new_feed, open_batches, try_ops
 from .trainer import Trainer
 
 SETTINGS = "sweep.json"
 # What decides which rows come in which batch: every dictionary sees the same ones.
-SHARED = ("batch_size", "epochs", "tokens", "data_seed", "shuffle_rows", "nonfinite", "prefetch")
+SHARED = ("batch_size", "epochs", "tokens", "data_seed", "shuffle_rows", "nonfinite")
 
 
 class Sweep:
-    """Trains a dictionary for each of several configurations; every batch is read, checked and moved once.
+    """Trains a dictionary for each of several configurations; every batch is read and checked once for all.
 
     They may differ in anything but the order of the data: k, form, width, learning rate, seed of the weights. Each has
     an ordinary run directory, with its own metrics, checkpoints and coder, bit for bit that of a `Trainer` alone.
@@ -42,8 +42,9 @@ class Sweep:
         show: progress on stderr.
 
     Attributes:
-        trainers: by name; of a resumed sweep those that are not finished.
-        failed: by name, the `FloatingPointError` of runs that diverged; the others go on.
+        trainers: by name; of a resumed sweep those that are neither finished nor failed.
+        finished: names of runs that a resumed sweep found finished.
+        failed: by name, what was said of runs that diverged; the others go on without them.
 
     Raises:
         ValueError, TypeError, FileNotFoundError, FileExistsError: bad arguments, before any work.
@@ -60,24 +61,28 @@ class Sweep:
         show: bool = True,
     ) -> None:
         self.out, self.show = None if out is None else Path(out), show
+        self.finished: list[str] = []
+        self.failed: dict[str, str] = {}
         if resume:
-            configs = _stored(self.out, configs)
+            configs, self.failed = _stored(self.out, configs)
         _check(configs)
         if not resume and self.out is not None and (self.out / SETTINGS).exists() and not overwrite:
             raise FileExistsError(f"out: {self.out} holds a sweep; resume it, overwrite it, or take another folder")
         self.source = open_data(data)
-        first = next(iter(configs.values()))
-        batches, resolved = open_batches(first, self.source)
-        self.feed = new_feed(resolved, batches, device_of(first.device))
+        self.configs = dict(configs)
+        batches = [self._try(name, config) for name, config in configs.items()][0]
+        first = open_batches(next(iter(configs.values())), self.source)[1]
+        self.feed = new_feed(first, batches, device_of(first.device))
+        self._write()
         self.trainers: dict[str, Trainer] = {}
-        self.finished: list[str] = []
-        self.failed: dict[str, FloatingPointError] = {}
         for name, config in configs.items():
             folder = None if self.out is None else self.out / name
-            if resume and (folder / CODER / "coder.json").exists() and not (folder / checkpoint.NAME).exists():
+            begun = resume and (folder / checkpoint.NAME).exists()
+            if name in self.failed:
+                continue
+            if resume and (folder / CODER / "coder.json").exists() and not begun:
                 self.finished.append(name)
                 continue
-            begun = resume and (folder / checkpoint.NAME).exists()
             self.trainers[name] = Trainer(
                 None if begun else config, self.source, folder, resume=begun, overwrite=overwrite or resume, show=False,
                 feed=self.feed,
@@ -86,17 +91,31 @@ class Sweep:
         if self.step:
             behind = next(trainer for trainer in self.trainers.values() if trainer.step == self.step)
             self.feed.load_state_dict(*behind.place)
-        if self.out is not None and not resume:
-            write_json(self.out / SETTINGS, {name: config.to_dict() for name, config in configs.items()})
+
+    def _try(self, name: str, config: TrainConfig) -> Any:
+        """The batches of a configuration; raises, naming the run, where it does not fit the data or cannot be run."""
+        try:
+            batches, resolved = open_batches(config, self.source)
+            try_ops(resolved, device_of(resolved.device))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"configs: run {name!r}: {error}") from error
+        return batches
+
+    def _write(self) -> None:
+        if self.out is not None:
+            runs = {name: config.to_dict() for name, config in self.configs.items()}
+            write_json(self.out / SETTINGS, {"runs": runs, "failed": self.failed})
 
     def run(self, until: int | None = None) -> dict[str, SparseCoder | CrossLayerTranscoder]:
         """Train all to the end, or to step `until`; Ctrl-C or SIGTERM finishes the step, saves, and returns.
 
         Returns:
-            `Trainer.export()` of every trainer that has not failed, by name.
+            `Trainer.export()` of every one of `trainers` that has not failed, by name.
 
         Raises:
             FloatingPointError: every run diverged; the message names them.
+            ValueError: bad rows, or the end of the data; what was trained is saved.
+            OSError: a run could not be saved; its last checkpoint and all other runs are.
         """
         trainers = self.trainers
         steps = max((trainer.config.steps for trainer in trainers.values()), default=0)
@@ -111,9 +130,16 @@ class Sweep:
             display = stack.enter_context(TrainingDisplay(self.show, steps * batch))
             stopped = stack.enter_context(interruptible())
             stack.enter_context(contextlib.closing(self.feed))
-            while self.step < goal and not stopped.is_set():
+            while self.step < goal and not stopped.is_set() and len(self.failed) < len(self.configs):
                 start, waited = time.perf_counter(), self.feed.waited
-                x = self.feed.next(stopped)
+                try:
+                    x = self.feed.next(stopped)
+                except (ValueError, StopIteration) as error:  # what was trained so far is good
+                    due = [trainer for _, trainer in self._due()]
+                    self._end(display)
+                    if isinstance(error, StopIteration):
+                        raise ValueError(due[0].ended()) from None
+                    raise
                 if x is None:
                     break
                 waited = self.feed.waited - waited
@@ -122,13 +148,34 @@ class Sweep:
                     start, waited = time.perf_counter(), 0.0  # the first one waited for all
                 self.step += 1
                 display.tokens(self.step * batch)
-            for name, trainer in trainers.items():
-                if name not in self.failed:
-                    trainer.end(display)
-        if trainers and len(self.failed) == len(trainers):
+            troubles = self._end(display)
+        if trainers and all(name in self.failed for name in trainers) and not self.finished:
             told = "; ".join(f"{name}: {error}" for name, error in self.failed.items())
             raise FloatingPointError(f"every run of the sweep diverged: {told}")
+        if troubles:
+            raise troubles[0]
         return {name: trainer.export() for name, trainer in trainers.items() if name not in self.failed}
+
+    def _end(self, display: TrainingDisplay) -> list[OSError]:
+        """Save each: none is lost because another cannot be saved. Returns what kept runs from being saved."""
+        troubles = []
+        for name, trainer in self.trainers.items():
+            # One that is ahead lies on disk as it is; the batches are not at its place.
+            if name in self.failed or (trainer.step != self.step and not trainer.finished):
+                continue
+            try:
+                trainer.end(display)
+            except FloatingPointError as error:
+                self._fail(name, error, display)
+            except OSError as error:
+                display.say(f"warning: {name} could not be saved: {error}")
+                troubles.append(error)
+        return troubles
+
+    def _fail(self, name: str, error: FloatingPointError, display: TrainingDisplay) -> None:
+        self.failed[name] = str(error)
+        display.say(f"warning: {name} has diverged and is left behind: {error}")
+        self._write()
 
     def _due(self) -> list[tuple[str, Trainer]]:
         """Those that have not seen the next batch: a run may have been saved further on than another."""
@@ -158,11 +205,10 @@ class Sweep:
             if not trainer.finished:
                 trainer.checkpoint_if_due(display)
         except FloatingPointError as error:
-            self.failed[name] = error
-            display.say(f"warning: {name} has diverged and is left behind: {error}")
+            self._fail(name, error, display)
 
 
-def _stored(out: Path | None, configs: Any) -> dict[str, TrainConfig]:
+def _stored(out: Path | None, configs: Any) -> tuple[dict[str, TrainConfig], dict[str, str]]:
     if configs is not None:
         raise ValueError("configs must be None to resume: sweep.json has them")
     if out is None:
@@ -170,8 +216,9 @@ def _stored(out: Path | None, configs: Any) -> dict[str, TrainConfig]:
     path = out / SETTINGS
     values = read_json(path, "the settings of a sweep")
     try:
-        return {name: TrainConfig.from_dict(fields) for name, fields in values.items()}
-    except (TypeError, ValueError) as error:
+        runs = {name: TrainConfig.from_dict(fields) for name, fields in values["runs"].items()}
+        return runs, dict(values["failed"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise FormatError(f"{path}: {error}") from error
 
 

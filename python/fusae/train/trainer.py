@@ -7,7 +7,6 @@ import contextlib
 import copy
 import dataclasses
 import math
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +56,7 @@ class Trainer:
         optimizer, dead, feed, config (resolved), step (steps done).
         average: the `WeightAverage` of the coder, or None without `config.ema`.
         scaling: the `Scaling` of the rows.
+        place: of a resumed trainer: where its data go on, how many rows were dropped, and after which step.
 
     metrics.jsonl has a line for every `log_every` steps, over the steps since the last: ``step``, ``tokens`` and
     ``seconds`` so far, mean ``loss``, ``fvu``, ``l0``, ``dead`` latents, ``aux_loss`` (mean over the steps with dead
@@ -126,6 +126,7 @@ class Trainer:
         except (TypeError, AttributeError, KeyError) as error:
             raise FormatError(f"{path}: field 'data' is no place in these data ({error!r})") from error
         checkpoint.load_tensors(self, path)
+        self._anneal(max(1, self.step))
 
     @property
     def tokens(self) -> int:
@@ -144,8 +145,7 @@ class Trainer:
         x, target = (x[:, :d], x[:, d:]) if config.is_transcoder else (x, x)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr_at(self.step + 1)
-        if coder.config.k != (k := config.k_at(self.step + 1)):
-            coder.config = dataclasses.replace(coder.config, k=k)
+        self._anneal(self.step + 1)
         dead, k_aux = self._dead()
         variance = self.scaling.variance if config.normalise_loss else 1.0
         moment = Moment(dead, k_aux, variance, config.ramp_at(self.step + 1), self.step)
@@ -163,6 +163,11 @@ class Trainer:
         mean = self.scaling.mean[d:] if config.is_transcoder else self.scaling.mean
         self.interval.add(target, mean, result, dead, norm)
         return result
+
+    def _anneal(self, step: int) -> None:
+        """Give the coder the k of a step."""
+        if self.coder.config.k != (k := self.config.k_at(step)):
+            self.coder.config = dataclasses.replace(self.coder.config, k=k)
 
     def _dead(self) -> tuple[Tensor | None, int]:
         """Mask of the dead latents and how many of them AuxK takes; (None, 0) where nothing is dead."""
@@ -182,10 +187,11 @@ class Trainer:
         config, steps = self.config, self.interval.counts["steps"]
         dead = self.dead.mask().sum() if self.tokens >= config.dead_window else self.interval.sums.new_zeros(())
         row = self.interval.row(dead, config.clip_norm is not None)
-        if not math.isfinite(row["loss"]):
-            raise FloatingPointError(
-                f"the loss became {row['loss']} in steps {self.step - steps + 1} to {self.step}: {self._advice()}"
-            )
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise FloatingPointError(
+                    f"the {name} became {value} in steps {self.step - steps + 1} to {self.step}: {self._advice()}"
+                )
         return {
             "step": self.step,
             "tokens": self.tokens,
@@ -222,12 +228,18 @@ class Trainer:
         ):
             display.tokens(self.tokens)
             while self.step < goal and not stopped.is_set():
+                start, waited = time.perf_counter(), self.feed.waited
                 try:
-                    row = self._timed_step(stopped)
+                    x = self.feed.next(stopped)
+                except StopIteration:
+                    self._try_checkpoint(display)
+                    raise ValueError(self.ended()) from None
                 except ValueError:  # of the data: what was trained so far is good
-                    if self.run_dir is not None:
-                        self._try_checkpoint(display)
+                    self._try_checkpoint(display)
                     raise
+                if x is None:
+                    break
+                row = self.take(x, start, self.feed.waited - waited)
                 display.tokens(self.tokens)
                 if row is not None:
                     log.write(row)
@@ -241,22 +253,15 @@ class Trainer:
             self.end(display)
         return self.export()
 
+    def ended(self) -> str:
+        """What to say where the data came to an end too early."""
+        return f"data: ended after step {self.step} of {self.config.steps}; take fewer tokens or more epochs"
+
     def checkpoint_if_due(self, display: TrainingDisplay) -> None:
         """Save where `config.checkpoint_every` says so."""
         every = self.config.checkpoint_every
-        if self.run_dir is not None and every and self.step % every == 0:
+        if every and self.step % every == 0:
             self._try_checkpoint(display)
-
-    def _timed_step(self, stopped: threading.Event) -> dict[str, Any] | None:
-        """Wait for a batch and train on it; a row of metrics where one is due. Nothing where `stopped` came first."""
-        start, waited = time.perf_counter(), self.feed.waited
-        try:
-            x = self.feed.next(stopped)
-        except StopIteration:
-            raise ValueError(
-                f"data: ended after step {self.step} of {self.config.steps}; take fewer tokens or more epochs"
-            ) from None
-        return None if x is None else self.take(x, start, self.feed.waited - waited)
 
     def take(self, x: Tensor, start: float, waited: float) -> dict[str, Any] | None:
         """Train on a batch that was `waited` seconds for since `start`; a row of metrics where one is due."""
@@ -272,6 +277,8 @@ class Trainer:
 
     def _try_checkpoint(self, display: TrainingDisplay) -> None:
         """A disk that is full does not end a run that can still go on: the next checkpoint may find room."""
+        if self.run_dir is None:
+            return
         try:
             self.save_checkpoint()
         except OSError as error:
