@@ -8,6 +8,7 @@ import torch
 
 import fusae
 from fusae import SparseCodes
+from fusae.nn.join import split_codes
 from fusae.testing import assert_equal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -121,6 +122,23 @@ def test_no_rows_at_all():
     ):
         assert codes.shape == (0, 5) and codes.l0.shape == (0,) and codes.to_dense().shape == (0, 5)
         assert codes.to_sparse_csr().shape == (0, 5) and codes.to_ragged().offsets.tolist() == [0]
+
+
+def test_codes_that_did_not_fit_raise_where_the_host_reads(ragged):
+    short = SparseCodes(ragged.values[:4], ragged.indices[:4], 20, ragged.offsets)
+    for read in (
+        lambda: short[1],
+        lambda: short[4],
+        lambda: short[2:],
+        lambda: short[torch.tensor([0, 5])],
+        lambda: short.to_dense(),
+        lambda: short.to_sparse_csr(),
+        lambda: split_codes(short, [8, 12]),
+    ):
+        with pytest.raises(IndexError, match="15 entries and a storage of 4.*capacity >= 15"):
+            read()
+    assert short.l0.tolist() == [0, 1, 2, 1, 0, 0]  # never read by the host: of the entries that are stored
+    assert short.to_ragged() is short
 
 
 def test_row_ids(ragged, fixed):

@@ -13,7 +13,8 @@ from fusae import _dispatch
 from fusae.testing import assert_equal, targets
 
 TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd", "adam_rows_",
-                  "decode_loss_fwd", "decode_loss_bwd", "codes_from_dense_fwd", "codes_from_dense_bwd")  # fmt: skip
+                  "decode_loss_fwd", "decode_loss_bwd", "codes_from_dense_fwd", "codes_from_dense_bwd",
+                  "encode_threshold_fwd", "encode_threshold_bwd", "encode_batch_topk_fwd")  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 N, D, M, K = 301, 33, 3001, 19
 
@@ -36,6 +37,17 @@ def _run(seed: int = 0) -> dict[str, torch.Tensor]:
     grads = [torch.randn(c.values.shape, generator=gen) for c in pair]
     names = ("grad x", "grad W_enc", "grad b_enc")
     out.update(zip(names, torch.autograd.grad([c.values for c in pair], (x, W, b), grads), strict=True))
+
+    theta = torch.randint(0, 40, (M,), generator=gen).float().requires_grad_()
+    found, l0 = fusae.encode_threshold(x, W, b, theta, bandwidth=8.0, straight_through=True)
+    batch, smallest, aux = fusae.encode_batch_topk(x, W, b, K, aux_mask=mask, k_aux=K)
+    for name, c in (("threshold", found), ("batch", batch), ("batch aux", aux)):
+        out[f"{name} values"], out[f"{name} indices"] = c.values.detach(), c.indices
+    out["l0"], out["smallest"], out["batch offsets"] = l0.detach(), smallest, batch.offsets
+    grads = [torch.randn(t.shape, generator=gen) for t in (found.values, l0, batch.values, aux.values)]
+    names = (f"ragged grad {name}" for name in ("x", "W_enc", "b_enc", "threshold"))
+    parts = (found.values, l0, batch.values, aux.values)
+    out.update(zip(names, torch.autograd.grad(parts, (x, W, b, theta), grads), strict=True))
 
     for form in ("fixed", "ragged"):
         values = torch.randn(N, K, generator=gen)

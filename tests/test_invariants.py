@@ -349,10 +349,11 @@ def test_no_nan(kind, dead, rows):
             assert torch.isfinite(c(x)).all() and torch.isfinite(c.threshold if hasattr(c, "threshold") else x).all()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @of_kinds
-def test_a_batch_of_nothing(kind):
-    coder, nothing = coder_of(kind), rows_of(0)
+def test_a_batch_of_nothing(kind, shape):
+    coder, nothing = coder_of(kind, **SHAPES[shape]), rows_of(0)
     for c in in_both_modes(coder):
-        assert c(nothing).shape == (0, D) and c.encode(nothing).to_dense().shape == (0, M)
+        assert c(nothing).shape == (0, c.config.output_width) and c.encode(nothing).to_dense().shape == (0, M)
     with pytest.raises(ValueError, match="x must have at least one row"):
-        KINDS[kind][1](coder, nothing, None, Moment())
+        KINDS[kind][1](coder, nothing, rows_of(0, d=c.config.output_width), Moment())

@@ -33,7 +33,7 @@ RULES = [
     ("_fields.py", ()),
     ("_checks.py", ("fusae.codes", "fusae._fields")),
     ("ops/__init__.py", ("fusae.ops",)),
-    ("ops/", ("fusae._dispatch", "fusae._checks", "fusae.codes")),
+    ("ops/", ("fusae._dispatch", "fusae._checks", "fusae.codes", "fusae.ops._once")),
     ("backends/__init__.py", ()),
     ("backends/reference.py", ("fusae.reference",)),
     ("backends/cpu/", ("fusae._C", "fusae.backends.cpu")),

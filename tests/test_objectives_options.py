@@ -100,6 +100,18 @@ def test_anthropic_recipe_is_the_published_one_at_another_scale():
     torch.testing.assert_close(D**0.5 * ours["threshold"], wanted["threshold"])
 
 
+@pytest.mark.parametrize("sparse_grad", [False, True])
+def test_what_draws_dead_latents_back_leaves_the_live_ones_alone(sparse_grad):
+    """Also one whose pre-activation is out of range."""
+    coder, dead, x = coder_of(JUMP, sparse_grad=sparse_grad), dead_of("some"), 5 + rows_of().abs()
+    with torch.no_grad():
+        coder.W_enc[int((~dead).nonzero()[0])] = -1e308  # -Inf, in every row
+    loss = JumpReLU(bandwidth=0.1, preact_coefficient=0.25)(coder, x, None, Moment(dead, variance=1.0))
+    assert torch.isfinite(loss.terms["preact"])
+    for name, grad in gradients(loss.loss, coder).items():
+        assert torch.isfinite(grad).all(), name
+
+
 def test_starting_points_of_jumprelu():
     coder = SparseCoder(SparseCoderConfig(D, 5000, 4, select="threshold", dtype="float64"))
     init_uniform_encoder_(init_thresholds_(coder, 0.1 / D**0.5), seed=3)
@@ -113,6 +125,12 @@ def test_starting_points_of_jumprelu():
         SparseCoder(SparseCoderConfig(D, 30, 4, select="relu", pre_bias=False, dtype="float64")), x, 0.5
     )
     assert ((plain.encode(x).to_dense() > 0).sum(0) == 500).all()
+    for select in ("threshold", "relu"):
+        normed = coder_of({"select": select, "select_by_norm": True})
+        with torch.no_grad():
+            normed.W_dec[3] = 0  # whose score is 0 whatever its bias
+        fired = (init_firing_rate_(normed, x, 0.1).encode(x).to_dense() > 0).sum(0)
+        assert (fired[torch.arange(M) != 3] == 100).all()
     with pytest.raises(ValueError, match="rate must be between 1 / 1000 and 1 - 1 / 1000"):
         init_firing_rate_(coder, x, 1e-4)
     with pytest.raises(ValueError, match="coder must have select 'threshold', got 'topk'"):

@@ -7,7 +7,8 @@ import torch
 import fusae
 from fusae.testing import assert_equal, targets
 
-TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd")
+TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd",
+                  "encode_threshold_fwd", "encode_batch_topk_fwd")  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
 
 
@@ -166,6 +167,27 @@ def test_second_derivatives_raise(target):
             (grad,) = torch.autograd.grad(out, x, create_graph=True)
             with pytest.raises(RuntimeError, match="once_differentiable"):
                 grad.sum().backward()
+
+
+SECOND = {
+    "encode_topk": lambda x, W, v: fusae.encode_topk(x, W, None, 5).values,
+    "encode_threshold": lambda x, W, v: fusae.encode_threshold(x, W, None, 0.5).values,
+    "encode_batch_topk": lambda x, W, v: fusae.encode_batch_topk(x, W, None, 5)[0].values,
+    "decode": lambda x, W, v: fusae.decode(fusae.SparseCodes(v, torch.arange(45, dtype=torch.int32).view(9, 5), 45), W),
+}
+
+
+@each_target
+@pytest.mark.parametrize("op", SECOND)
+def test_second_derivatives_of_a_sum_raise(target, op):
+    """A sum hands the op a constant gradient, on which what it gives back depends through the other argument alone."""
+    x, W, v = (torch.randn(s).requires_grad_() for s in ((9, 8), (45, 8), (9, 5)))
+    first, second = (v, W) if op == "decode" else (x, W)
+    for at, other in ((first, second), (second, first)):
+        with target.active():
+            (grad,) = torch.autograd.grad(SECOND[op](x, W, v).sum(), at, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                torch.autograd.grad(grad.square().sum() + other.sum(), other)
 
 
 @each_target

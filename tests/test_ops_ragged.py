@@ -169,6 +169,23 @@ def test_a_storage_that_is_too_small_is_told_where_the_host_reads(target):
 
 
 @each_target
+def test_a_window_whose_entries_do_not_fit(target):
+    """l0 counts what is above the threshold, stored or not; gradients need the entries and raise."""
+    x, W_enc, b_enc, _, _, threshold = _coder(dtype=torch.float32)
+    with target.active():
+        whole, wanted = fusae.encode_threshold(x, W_enc, b_enc, threshold, bandwidth=EPS)
+        used = int(whole.offsets[-1])
+        for capacity in (used - 1, used // 3, 0):
+            short, l0 = fusae.encode_threshold(x, W_enc, b_enc, threshold, bandwidth=EPS, capacity=capacity)
+            assert_equal(l0, wanted)
+            for out in (l0, short.values):
+                with pytest.raises(IndexError, match=f"storage of {capacity}"):
+                    torch.autograd.grad(out.sum(), threshold, retain_graph=True)
+            with pytest.raises(IndexError, match=f"storage of {capacity}"):
+                torch.autograd.grad([short.values.sum(), l0.sum()], threshold)
+
+
+@each_target
 def test_unused_storage_of_a_batch_holds_zeros(target):
     x, W_enc = torch.randn(9, 8), torch.randn(40, 8)
     bias = torch.full((40,), -100.0)

@@ -208,23 +208,24 @@ float lists_offsets(const ListsArgs& a) {
   return smallest;
 }
 
-// Entries past `capacity` are left out; offsets tell.
+// Entries past `capacity` are left out; offsets tell, and l0 counts them all the same.
 void lists_write(const ListsArgs& a) {
   parallel_for(a.n, 64, a.threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const RowList& list = a.lists[i];
       int64_t at = a.offsets[i], active = 0;
-      for (int64_t e = 0; e < list.count && at < a.capacity; ++e) {
+      for (int64_t e = 0; e < list.count && (a.l0 || at < a.capacity); ++e) {
         const float pre = list.pre[e];
         if (left_out(a, pre)) continue;
         float value = pre;
-        if (a.state) {
+        if (a.l0) {
           const float limit = a.threshold[list.idx[e]];
           const bool on = !(pre <= limit), near = __builtin_fabsf(pre - limit) < a.half_window;
-          a.state[at] = static_cast<uint8_t>(on | near << 1);
           active += on;
+          if (at < a.capacity) a.state[at] = static_cast<uint8_t>(on | near << 1);
           if (!on) value = 0.0f;
         }
+        if (at >= a.capacity) continue;
         put(a.values, a.dtype, at, value);
         a.indices[at++] = list.idx[e];
       }

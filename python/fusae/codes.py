@@ -84,12 +84,13 @@ class SparseCodes:
 
     @property
     def l0(self) -> Tensor:
-        """Number of active (non-zero) latents of every row, int64, shape `batch_shape`."""
+        """Number of active (non-zero) latents of every row, int64, shape `batch_shape`. Never read by the host: of codes
+        that did not fit their storage, the entries that did are counted."""
         if self.offsets is None:
             return (self.values != 0).sum(-1)
         active = (self.values != 0).to(torch.int64)
         total = torch.cat([active.new_zeros(1), active.cumsum(0)])
-        return total[self.offsets[1:]] - total[self.offsets[:-1]]
+        return total[self.offsets.clamp(max=self.values.shape[0])].diff()
 
     def row_ids(self) -> Tensor:
         """Row of every stored entry of ragged codes, int64 ``[nnz]``; entries past ``offsets[-1]`` get row n."""
@@ -143,7 +144,8 @@ class SparseCodes:
         return SparseCodes(self.values.reshape(n, k), self.indices.reshape(n, k), self.m)
 
     def to_ragged(self) -> SparseCodes:
-        """The ragged form with the zero-valued padding dropped. Reads the count of entries (one host sync on a GPU)."""
+        """The ragged form with the zero-valued padding dropped; ragged codes as they are. Reads the count of entries
+        (one host sync on a GPU)."""
         if self.offsets is not None:
             return self
         flat = self.flatten()
@@ -183,6 +185,7 @@ class SparseCodes:
             raise ValueError(f"rows must have one dimension, got shape {list(rows.shape)}")
         if self.offsets is None:
             return SparseCodes(self.values[rows], self.indices[rows], self.m)
+        self._used()
         n = self.offsets.shape[0] - 1
         chosen = torch.arange(n, device=self.device)[rows]
         if chosen.ndim == 0:

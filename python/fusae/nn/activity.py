@@ -28,7 +28,7 @@ class DeadLatents:
 
     @torch.no_grad()
     def update(self, codes: SparseCodes) -> None:
-        """Count the rows of `codes` as tokens seen."""
+        """Count the rows of `codes` as tokens seen. Entries that did not fit a storage of `codes` have not fired."""
         m = self.tokens_since_fired.shape[0]
         if codes.m != m:
             raise ValueError(f"codes must be over {m} latents, got {codes.m}")

@@ -157,7 +157,7 @@ class SparseCoder(nn.Module):
 
     def add_skip(self, y: Tensor, x: Tensor | None) -> Tensor:
         """``y + W_skip x``; `y` itself where the coder has no skip connection."""
-        return y + F.linear(x.reshape(*y.shape[:-1], -1), self.W_skip) if self.config.skip else y
+        return y + F.linear(x.reshape(*y.shape[:-1], self.config.d), self.W_skip) if self.config.skip else y
 
     def forward(self, x: Tensor) -> Tensor:
         """The output ``[..., d_out]`` for `x` ``[..., d]``."""

@@ -96,7 +96,7 @@ def init_firing_rate_(coder: SparseCoder, x: Tensor, rate: float) -> SparseCoder
 
     Anthropic, January 2025 update: rate 10,000 / m, with elements of `W_enc` uniform in ±1 / √d
     (`init_uniform_encoder_`) and thresholds of 0.1 / √d. There have to be rows that fire and rows that do not. Works on
-    4096 latents at a time.
+    4096 latents at a time. With `select_by_norm`, a latent of decoder norm 0 has the score 0 whatever its bias.
     """
     _thresholded(coder, relu=True)
     coder.check_input(x)
@@ -108,6 +108,9 @@ def init_firing_rate_(coder: SparseCoder, x: Tensor, rate: float) -> SparseCoder
     acc = _checks.accumulator(x.dtype)
     inputs = (x - coder.b_dec if coder.config.pre_bias else x).to(acc)
     threshold = coder.threshold if coder.config.select == "threshold" else torch.zeros_like(coder.b_enc)
+    if coder.config.select_by_norm:  # pre · norm is what is compared
+        norms = coder.decoder_norms()
+        threshold = threshold / torch.where(norms > 0, norms, 1.0)
     for W, b, limit in zip(*(t.split(_CHUNK) for t in (coder.W_enc, coder.b_enc, threshold)), strict=True):
         best = (W.to(acc) @ inputs.T).topk(count + 1, dim=1).values
         b.copy_(limit - (best[:, -2] + best[:, -1]) / 2)

@@ -81,6 +81,7 @@ def split_codes(codes: SparseCodes, sizes: Sequence[int]) -> list[SparseCodes]:
     if sum(sizes) != codes.m:
         raise ValueError(f"codes must be over {sum(sizes)} latents, got {codes.m}")
     ragged, parts, start = codes.to_ragged(), [], 0
+    ragged._used()  # the parts would not tell that some did not fit
     row, latents = ragged.row_ids(), ragged.indices
     active = (row < len(ragged)) & (ragged.values != 0)
     for size in sizes:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..codes import SparseCodes
+from ._once import once_differentiable
 
 
 def _fwd_fake(f, capacity, backend=None):

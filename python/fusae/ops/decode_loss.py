@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _checks, _dispatch
 from ..codes import SparseCodes
+from ._once import once_differentiable
 
 NESTED = ("latents", "rank")
 
@@ -70,7 +70,8 @@ _bwd = _dispatch.define(
 
 
 class _DecodeLoss(torch.autograd.Function):
-    """The raw ops take weights divided by the largest, so that 16-bit rows hold errors and not small fractions of them.
+    """The raw ops take weights divided by a bound of their sum, so that 16-bit rows hold means of errors: neither sums,
+    which could be out of range, nor as small as a loss per element.
 
     Gradients meet entry and latent through ``mixed[g] = Σ_{h ≥ g} weights[h] · residual_h``: -2 · scale · grad · mixed
     is the gradient of the reconstruction as the entries of group g see it.
@@ -95,18 +96,15 @@ class _DecodeLoss(torch.autograd.Function):
         _, sse, residual, mixed, dots = output
         ctx.mark_non_differentiable(sse, residual, mixed, dots)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(values, indices, offsets, W_dec, residual, mixed, dots)
-        ctx.b_dtype, ctx.target_dtype = None if b_dec is None else b_dec.dtype, target.dtype
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        # The loss is not linear: a second derivative must raise even where `grad` is a constant, so the decorator has
-        # to see what else the gradients depend on.
-        return (None,) * 14 if grad is None else _DecodeLoss.gradients(ctx, grad, *ctx.saved_tensors)
+        ctx.save_for_backward(values, indices, offsets, W_dec, residual, mixed, dots, b_dec, target)
 
     @staticmethod
     @once_differentiable
-    def gradients(ctx, grad, values, indices, offsets, W_dec, residual, mixed, dots):
+    def backward(ctx, grad, *_):
+        if grad is None:
+            return (None,) * 14
+        # What the gradients depend on is all saved, for `once_differentiable` to see: b_dec and target too.
+        values, indices, offsets, W_dec, residual, mixed, dots, b_dec, target = ctx.saved_tensors
         need_values, _, _, need_W, need_b, need_target = ctx.needs_input_grad[:6]
         grad_values = grad_W = grad_b = grad_target = None
         factor = -2.0 * ctx.scale * grad
@@ -127,9 +125,9 @@ class _DecodeLoss(torch.autograd.Function):
                     rows[None], grad_W, W_dec.shape, is_coalesced=True, check_invariants=False
                 )
         if need_b:
-            grad_b = (factor * mixed[0].sum(0, dtype=factor.dtype)).to(ctx.b_dtype)
+            grad_b = (factor * mixed[0].sum(0, dtype=factor.dtype)).to(b_dec.dtype)
         if need_target:
-            grad_target = (-factor * mixed[0].to(factor.dtype)).to(ctx.target_dtype)
+            grad_target = (-factor * mixed[0].to(factor.dtype)).to(target.dtype)
         return grad_values, None, None, grad_W, grad_b, grad_target, *(None,) * 8
 
 
@@ -237,7 +235,7 @@ def decode_loss(
         )
     prefixes = _nesting(codes, prefixes, nested)
     weights = _weights(weights, len(prefixes))
-    scale = max(weights)
+    scale = max(weights) * 2 ** (len(weights) - 1).bit_length()  # at least their sum, by a power of two: exact
     relative = [w / scale for w in weights] if scale > 0 else [1.0] * len(prefixes)
     indices, offsets = codes.indices, codes.offsets
     if offsets is None:

@@ -56,7 +56,12 @@ def encode_threshold_bwd(
     straight_through: bool,
     need_threshold: bool,
 ) -> tuple[Tensor, Tensor]:
-    used = int(offsets[-1])
+    used, storage = int(offsets[-1]), indices.shape[0]
+    if used > storage:
+        raise IndexError(
+            f"the codes have {used} entries and a storage of {storage}: a capacity was too small; "
+            f"encode with capacity >= {used}, or with None"
+        )
     state, latent = state[:used], indices[:used].long()
     through = torch.zeros(indices.shape, dtype=torch.float32)
     jump = torch.zeros(indices.shape, dtype=torch.float32)

@@ -40,7 +40,8 @@ class JumpReLU:
             2025 update).
         sparsity: λ, for rows of unit mean squared norm. None: 1e-3 for 'l0' and 'l0_squared' (a starting point: the
             papers sweep it), 1 for 'l0_mean_squared' (dictionary_learning), 10 / d for 'tanh' (Anthropic's 10).
-        bandwidth: of the window, in units of pre-activations; 0.001 is right for rows of unit mean squared norm.
+        bandwidth: of the window, in units of pre-activations; 0.001 is DeepMind's for rows of unit mean
+            squared norm (`anthropic` has 2 / √d).
         straight_through: let the window's gradient reach encoder and input too (Anthropic), not the thresholds alone.
         tanh_scale: c. None: 4 √d (Anthropic's 4).
         preact_coefficient: λ_P of ``λ_P Σ_i ReLU(θ_i - p_i) ||d_i||`` over dead latents, which draws them back
@@ -161,7 +162,8 @@ def preact_loss(
         silent = (weight[latents] * (coder.threshold[latents] - pre)).sum()
     else:
         pre = F.linear(coder.W_enc, mean).to(acc) + bias
-        silent = (weight * (coder.threshold - pre)).sum()
+        # Masked before the product: 0 · Inf of a live latent would be NaN.
+        silent = (weight * (coder.threshold - pre.masked_fill(~dead, 0.0))).sum()
     # Σ_e a_e p_e of the entries in use, with p_e = <W_enc[i_e], x_e> + b: the rows of Σ_e a_e W_enc[i_e] times x.
     share = torch.where(codes.values != 0, take(weight, codes.indices), 0.0)
     fired = SparseCodes(share.to(codes.dtype), codes.indices, codes.m, codes.offsets)
