@@ -52,6 +52,11 @@ PRESETS: dict[str, list[tuple[str, dict[str, int], list[Bar]]]] = {
             [Bar("fusae", "gemm", 1.35), Bar("fusae", "plain torch", 4.5, speedup=True)],
         ),
         ("matryoshka_step", {"n": 4096, "d": 576, "m": 32768, "k": 32}, [Bar("fusae", "top-k step", 1.25)]),
+        (
+            "jumprelu_step",
+            {"n": 4096, "d": 576, "m": 32768, "k": 64},
+            [Bar("fusae", "plain torch", 4, speedup=True)],
+        ),
     ],
     # The same ops in seconds, to see that everything runs. The numbers mean nothing.
     "tiny": [(op, {"n": 64, "d": 32, "m": 512, "k": 8}, []) for op in workloads.CONTENDERS],

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fusae import BackendError, _dispatch, reference
-from fusae.testing import bench, bench_gate, bench_row, workloads
+from fusae.testing import bench, bench_gate, bench_row, bench_steps, workloads
 
 pytestmark = pytest.mark.usefixtures("small_probes")
 TINY = {"n": 24, "d": 16, "m": 96, "k": 4}
@@ -117,6 +117,21 @@ def test_the_contenders_of_an_op_compute_the_same(op, name):
         torch.testing.assert_close(own, fusae, rtol=1e-9, atol=1e-12)
 
 
+def test_jumprelu_steps_train_the_same_thresholds(monkeypatch):
+    """With a window wide enough for a few rows to have entries in it, and steps large enough to change the codes."""
+    monkeypatch.setattr(bench_steps, "LR", 0.03)
+    inputs = workloads.make_inputs(**TINY, dtype="float64", batches=2)
+
+    def losses(name: str, width: float) -> torch.Tensor:
+        monkeypatch.setattr(bench_steps, "BANDWIDTH", width)
+        call = workloads.CONTENDERS["jumprelu_step"][name](inputs, TINY["k"], "reference")
+        return torch.stack([call() for _ in range(6)])
+
+    wide = losses("fusae", 0.2)
+    torch.testing.assert_close(losses("plain torch", 0.2), wide, rtol=1e-9, atol=0)
+    assert (losses("fusae", 1e-9)[-1] != wide[-1]).all()
+
+
 def test_a_training_step_learns():
     inputs = workloads.make_inputs(**TINY, batches=1)
     for name in ("fusae", "fusae ops", "plain torch", "torch embedding_bag"):
@@ -181,6 +196,7 @@ def test_the_gate_passes_what_is_right(op, dtype):
         ("decode_loss", "decode_loss_bwd", lambda out: (out[0], out[1], out[2] * 1.001)),
         ("codes_from_dense", "codes_from_dense_fwd", lambda out: (-out[0], *out[1:])),
         ("matryoshka_step", "decode_loss_bwd", lambda out: (out[0], out[1], -out[2])),
+        ("jumprelu_step", "encode_bwd", lambda out: (*out[:2], -out[2], out[3])),
         ("backward", "decode_bwd", lambda out: (out[0], out[1], out[2] * 1.001)),
         ("backward", "encode_bwd", lambda out: (*out[:3], out[3] + 1e-3)),
         ("train_step", "decode_bwd", lambda out: (torch.zeros_like(out[0]), *out[1:])),

@@ -12,7 +12,7 @@ from fusae import decode
 from fusae.eval.metrics import ReconstructionMetrics
 from fusae.nn import DeadLatents, Moment, SparseCoder
 from fusae.optim import Adam
-from fusae.testing.coders import CROSSCODER, KINDS, SHAPES, D, K, M, coder_of, gradients, rows_of
+from fusae.testing.coders import CROSSCODER, KINDS, SHAPES, K, M, coder_of, gradients, rows_of
 
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**20)

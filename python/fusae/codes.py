@@ -84,7 +84,7 @@ class SparseCodes:
 
     @property
     def l0(self) -> Tensor:
-        """Number of active (non-zero) latents of every row, int64, shape `batch_shape`. Never read by the host: of codes
+        """Number of active (non-zero) latents of every row, int64, shape `batch_shape`. Not read by the host: of codes
         that did not fit their storage, the entries that did are counted."""
         if self.offsets is None:
             return (self.values != 0).sum(-1)

@@ -72,7 +72,7 @@ def _compare(op: str, inputs: workloads.Inputs, exact: workloads.Inputs, backend
     for name in workloads.CONTENDERS[op]:
         if not name.startswith("fusae"):
             continue
-        calls = 3 if op in ("adam_rows", "train_step", "matryoshka_step") else 1
+        calls = 3 if op in ("adam_rows", "train_step", "matryoshka_step", "jumprelu_step") else 1
         runs = [(inputs, backend), (inputs, "reference"), (exact, "reference")]
         triples = zip(*(_results(op, name, data, on, calls) for data, on in runs), strict=True)
         for what, triple in zip(_PARAMETERS, triples, strict=False):

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import _dispatch, reference
 from ..codes import SparseCodes
 from ..nn import SparseCoder, SparseCoderConfig
-from ..ops import adam_rows_, decode, decode_loss, encode_batch_topk, encode_threshold, encode_topk
+from ..ops import adam_rows_, decode, encode_batch_topk, encode_threshold, encode_topk
 from ..optim import Adam
 from .bench_inputs import (  # noqa: F401
     Build,
@@ -32,8 +32,18 @@ from .bench_inputs import (  # noqa: F401
     select,
 )  # fmt: skip
 from .bench_losses import error_after, error_within, from_dense, loss_and_gradients, nonzero_fusae, nonzero_torch
-
-LR = 1e-4
+from .bench_steps import (
+    LR,
+    jumprelu_fusae,
+    jumprelu_torch,
+    leaves_of,
+    matryoshka_fusae,
+    matryoshka_torch,
+    prime,
+    squared_error,
+    threshold_of,
+    train_step,
+)  # fmt: skip
 
 
 def _gemm(inputs: Inputs, k: int, backend: str) -> Call:
@@ -55,14 +65,6 @@ def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
 def _encode_torch(inputs: Inputs, k: int, backend: str) -> Call:
     bias = inputs.bias
     return over(inputs.xs, lambda x: select(x, inputs.W_enc, bias, k))
-
-
-def threshold_of(inputs: Inputs, k: int) -> Tensor:
-    """``[m]`` float32, the same for all latents: about k pre-activations of a row are above it, on average."""
-    pre = F.linear(inputs.xs[0][:256], inputs.W_enc, inputs.bias).float().flatten()
-    size = min(k * min(256, len(inputs.xs[0])), len(pre) - 1)
-    two = pre.topk(size + 1).values[-2:]
-    return two.mean().expand(len(inputs.W_enc)).contiguous()
 
 
 def _threshold_fusae(inputs: Inputs, k: int, backend: str) -> Call:
@@ -158,27 +160,12 @@ def _forward_fusae(backend: str, sparse_grad: bool) -> Forward:
     return forward
 
 
-def _leaves(inputs: Inputs) -> list[Tensor]:
-    """Copies of the parameters that take gradients: W_enc, b_enc, W_dec, b_dec."""
-    made = (inputs.W_enc, inputs.b_enc, inputs.W_dec, inputs.b_dec)
-    return [t.clone(memory_format=torch.contiguous_format).requires_grad_() for t in made]
-
-
 def _backward(forward: Forward, inputs: Inputs, k: int) -> Call:
     """The gradients of all parameters through a graph that is kept (one batch: the graph may hold ``[n, m]``)."""
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     y = forward(inputs.xs[0], *leaves, k)
     grad = (2 / len(y)) * (y.detach() - inputs.xs[0])
     return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
-
-
-def prime(optimizer: torch.optim.Optimizer) -> None:
-    """Have the optimiser make its moments now, by a step whose gradient is zero: nothing moves."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _adam_fusae(inputs: Inputs, k: int, backend: str) -> Call:
@@ -211,27 +198,9 @@ def _adam_torch(inputs: Inputs, k: int, backend: str) -> Call:
     return call
 
 
-def train_step(inputs: Inputs, loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer) -> Call:
-    """Forward, loss, backward, update; returns the loss. For contenders with their own modules as well."""
-
-    def call(x: Tensor) -> Tensor:
-        loss = loss_of(x)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return over(inputs.xs, call)
-
-
-def squared_error(y: Tensor, x: Tensor) -> Tensor:
-    """Squared error summed over d, averaged over rows, in float32 or wider."""
-    return (y - x).to(reference.accumulator(x.dtype)).square().sum(-1).mean()
-
-
 def _train_torch(forward: Forward) -> Build:
     def build(inputs: Inputs, k: int, backend: str) -> Call:
-        leaves = _leaves(inputs)
+        leaves = leaves_of(inputs)
         optimizer = torch.optim.Adam(leaves, lr=LR, fused=True)
         prime(optimizer)
         return train_step(inputs, lambda x: squared_error(forward(x, *leaves, k), x), optimizer)
@@ -241,7 +210,7 @@ def _train_torch(forward: Forward) -> Build:
 
 def _train_ops(inputs: Inputs, k: int, backend: str) -> Call:
     """The public ops alone: row-sparse gradients, dense-exact Adam."""
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     forward = _forward_fusae(backend, sparse_grad=True)
     optimizer = Adam(leaves, lr=LR, backend=backend)
     prime(optimizer)
@@ -262,40 +231,6 @@ def _train_coder(inputs: Inputs, k: int, backend: str) -> Call:
     def loss_of(x: Tensor) -> Tensor:
         with _dispatch.backend(backend):
             return coder.loss(x, variance=1.0).loss
-
-    return train_step(inputs, loss_of, optimizer)
-
-
-def prefixes_of(m: int) -> list[int]:
-    """The five nested dictionaries of the Matryoshka benchmark: m/16, m/8, m/4, m/2, m."""
-    return [m >> i for i in (4, 3, 2, 1, 0)]
-
-
-def _matryoshka_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    leaves = _leaves(inputs)
-    optimizer = Adam(leaves, lr=LR, backend=backend)
-    prime(optimizer)
-    W_enc, b_enc, W_dec, b_dec = leaves
-    prefixes = prefixes_of(len(W_dec))
-
-    def loss_of(x: Tensor) -> Tensor:
-        codes = encode_topk(x - b_dec, W_enc, b_enc, k, backend=backend, sparse_grad=True)
-        return decode_loss(codes, W_dec, b_dec, x, prefixes, sparse_grad=True, backend=backend).loss / len(x)
-
-    return train_step(inputs, loss_of, optimizer)
-
-
-def _matryoshka_torch(inputs: Inputs, k: int, backend: str) -> Call:
-    leaves = _leaves(inputs)
-    optimizer = torch.optim.Adam(leaves, lr=LR, fused=True)
-    prime(optimizer)
-    W_enc, b_enc, W_dec, b_dec = leaves
-
-    def loss_of(x: Tensor) -> Tensor:
-        pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec)
-        values, indices = torch.topk(pre, k)
-        dense = torch.zeros_like(pre).scatter(1, indices, values.relu())
-        return sum(squared_error(dense[:, :p] @ W_dec[:p] + b_dec, x) for p in prefixes_of(len(W_dec)))
 
     return train_step(inputs, loss_of, optimizer)
 
@@ -325,7 +260,8 @@ CONTENDERS: dict[str, dict[str, Build]] = {
         "plain torch": _train_torch(forward_dense),
         "torch embedding_bag": _train_torch(forward_bag),
     },
-    "matryoshka_step": {"top-k step": _train_ops, "fusae": _matryoshka_fusae, "plain torch": _matryoshka_torch},
+    "matryoshka_step": {"top-k step": _train_ops, "fusae": matryoshka_fusae, "plain torch": matryoshka_torch},
+    "jumprelu_step": {"plain torch": jumprelu_torch, "fusae": jumprelu_fusae},
 }
 #: Contenders that do other work than the op beside which they run.
 OTHER_WORK = frozenset({"gemm", "top-k step"})
@@ -338,6 +274,7 @@ MODE = {
     "decode_loss": "step",
     "codes_from_dense": "fwd",
     "matryoshka_step": "step",
+    "jumprelu_step": "step",
     "backward": "bwd",
     "adam_rows": "step",
     "train_step": "step",
@@ -351,6 +288,10 @@ _RAW = {
     "decode_loss": ("decode_fwd", "decode_bwd", "decode_loss_fwd", "decode_loss_bwd"),
     "codes_from_dense": ("codes_from_dense_fwd",),
     "matryoshka_step": (*_GRADIENTS, "decode_loss_fwd", "decode_loss_bwd", "adam_rows_"),
+    "jumprelu_step": (
+        "encode_threshold_fwd", "encode_threshold_bwd", "encode_bwd", "decode_loss_fwd", "decode_loss_bwd",
+        "adam_rows_",
+    ),
     "backward": _GRADIENTS,
     "adam_rows": ("adam_rows_",),
     "train_step": (*_GRADIENTS, "adam_rows_"),
@@ -390,6 +331,7 @@ def cost(op: str, n: int, d: int, m: int, k: int, itemsize: int) -> tuple[int, i
     x, matrix, moments = n * d * itemsize, m * d * itemsize, 16 * m * d
     encode = 2 * n * m * d, x + matrix + m * itemsize + codes
     sparse, adam = 2 * n * k * d, 12 * m * d
+    step = encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)
     table = {
         "gemm": (2 * n * m * d, x + matrix + n * m * itemsize),
         "encode_topk": encode,
@@ -400,7 +342,8 @@ def cost(op: str, n: int, d: int, m: int, k: int, itemsize: int) -> tuple[int, i
         "codes_from_dense": (n * m, n * m * itemsize + codes),
         "backward": (3 * sparse, rows + 2 * x + codes + 2 * matrix + (m + d) * itemsize),
         "adam_rows": (adam, 3 * matrix + moments),
-        "train_step": (encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)),
-        "matryoshka_step": (encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)),
+        "train_step": step,
+        "matryoshka_step": step,
+        "jumprelu_step": step,
     }
     return table[op]
