@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same bits from run to run, for any number of threads, any other rows in the batch, any instruction set.
 
-Products of `encode_topk` come from a GEMM whose sums may depend on the thread count and the row count; these tests use
+Products of the encoders come from a GEMM whose sums may depend on the thread count and the row count; these tests use
 integers, whose sums are exact, so that everything after the GEMM is under test.
 """
 

@@ -15,6 +15,7 @@ from fusae.nn import (
     init_uniform_encoder_,
 )
 from fusae.nn.objectives import BatchTopK, Gated, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
+from fusae.nn.objectives.base import decode_together
 from fusae.testing import losses as dense
 from fusae.testing.coders import D, K, M, coder_of, dead_of, gradients, rows_of
 
@@ -110,6 +111,23 @@ def test_what_draws_dead_latents_back_leaves_the_live_ones_alone(sparse_grad):
     assert torch.isfinite(loss.terms["preact"])
     for name, grad in gradients(loss.loss, coder).items():
         assert torch.isfinite(grad).all(), name
+
+
+def test_equal_centres_need_not_be_the_same_tensor():
+    centre, x = rows_of(1)[0], rows_of()
+    coder = coder_of({"pre_bias": True})
+    folded = copy.deepcopy(coder).fold_input_(2.0, centre, 2.0, centre.clone())
+    torch.testing.assert_close(folded(x), coder(2.0 * (x - centre)) / 2.0 + centre)
+    for other in (centre + 1, torch.zeros(D)):
+        with pytest.raises(ValueError, match="must be the same on both sides"):
+            coder.fold_input_(2.0, centre, 2.0, other)
+
+
+def test_ragged_codes_before_others_cannot_be_decoded_together():
+    coder, x = coder_of(TOP), rows_of()
+    codes = coder.encode(x)
+    with pytest.raises(ValueError, match="only the last of several codes may be ragged"):
+        decode_together(coder, [codes.to_ragged(), codes])
 
 
 def test_starting_points_of_jumprelu():

@@ -16,7 +16,7 @@ struct SelectState {
   float* pre;        // [n, cap] pre-activations of candidates
   int32_t* idx;      // [n, cap] their latents
   int32_t* count;    // [n]
-  float* threshold;  // [n] score that a new candidate has to beat; -inf until k were seen
+  float* threshold;  // [n] score that a new candidate has to beat; NaN (all pass) until k were seen
   int64_t cap;       // >= k + 256 + 16: one block of columns that all pass, and a whole vector to spare
   int64_t k;
 };

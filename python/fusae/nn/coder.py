@@ -275,7 +275,9 @@ class SparseCoder(nn.Module):
         for name, value, width in (("centre", centre, config.d), ("out_centre", out_centre, config.output_width)):
             if value is not None and value.shape != (width,):
                 raise ValueError(f"{name} must have shape [{width}], got {list(value.shape)}")
-        if config.pre_bias and (scale != out_scale or out_centre is not centre):
+        none = None in (centre, out_centre)
+        same = out_centre is centre if none else torch.equal(out_centre.to(centre), centre)
+        if config.pre_bias and not (scale == out_scale and same):
             raise ValueError("scale and centre must be the same on both sides of a coder with pre_bias")
         for name in ("b_enc", "b_dec", "b_mag", "threshold"):
             if hasattr(self, name):

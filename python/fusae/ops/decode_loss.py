@@ -200,8 +200,8 @@ def decode_loss(
 
     Errors are taken and summed in float32 (float64 for float64), in an order that does not depend on the number of
     threads; in 16-bit dtypes the residual is rounded once, when it is returned. The backward pass keeps one row per
-    prefix, ``[G, n, d]`` in the dtype of `W_dec` (nothing beyond the residual for G = 1), and under
-    ``torch.no_grad()`` none.
+    prefix, ``[G, n, d]`` in the dtype of `W_dec` (nothing beyond the residual for G = 1), and for values that require
+    a gradient a float32 number per entry; under ``torch.no_grad()`` nothing.
 
     Equivalent to::
 
@@ -241,7 +241,7 @@ def decode_loss(
     if offsets is None:
         flat = codes.batch_shape.numel(), values.shape[-1]
         values, indices = values.reshape(flat), indices.reshape(flat)
-    training = torch.is_grad_enabled()
+    training = torch.is_grad_enabled()  # whether arguments require gradients cannot be seen from within torch.vmap
     loss, sse, residual, _, _ = _DecodeLoss.apply(
         values, indices, offsets, W_dec, b_dec, target.reshape(-1, d), prefixes, relative, nested == "rank", scale,
         training, training and values.requires_grad, sparse_grad, _dispatch.requested(backend),

@@ -55,7 +55,7 @@ _gemm = "auto"
 
 @contextlib.contextmanager
 def force_gemm(name: str) -> Iterator[None]:
-    """Take the products of `encode_topk` from 'native' (fused with the selection) or 'torch' in a ``with`` block.
+    """Take the products of the encoders from 'native' (fused with the selection) or 'torch' in a ``with`` block.
 
     For tests and measurements: other threads of the process change with it.
     """

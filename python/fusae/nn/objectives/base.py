@@ -142,6 +142,8 @@ def decode_together(coder: SparseCoder, parts: Sequence[SparseCodes]) -> list[Te
 
     `decode` would add `b_dec` to all of them, so it is left to the caller; in 16 bits that rounds once more.
     """
+    if any(part.is_ragged for part in parts[:-1]):
+        raise ValueError("only the last of several codes may be ragged: behind its entries there may be unused storage")
     n, device, start, offsets = len(parts[0]), parts[0].device, 0, []
     for part in parts:
         if part.offsets is None:
