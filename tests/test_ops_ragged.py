@@ -200,6 +200,20 @@ def test_unused_storage_of_a_batch_holds_zeros(target):
     assert grad.any(1).nonzero().flatten().tolist() == [7]
 
 
+@each_target
+def test_a_value_that_rounds_to_zero_gets_no_gradient(target):
+    """In float16, behind a ReLU: as in `encode_topk`, an entry of value 0 is padding."""
+    x, b = torch.ones(1, 1).half(), None
+    W = torch.tensor([[1e-4], [2.0**-24], [-1.0]]).half().requires_grad_()
+    with target.active():
+        codes, _ = fusae.encode_batch_topk(0.25 * x, W, b, 2, sparse_grad=True)
+        top = fusae.encode_topk(0.25 * x, W, b, 2, sparse_grad=True)
+        assert (codes.to_dense() == top.to_dense()).all() and int(codes.l0) == 1
+        for values in (codes.values, top.values):
+            (grad,) = torch.autograd.grad(values.sum(), W)
+            assert grad.coalesce().indices().tolist() == [[0]]
+
+
 def test_nothing_positive_has_no_smallest_score():
     codes, smallest = fusae.encode_batch_topk(torch.ones(3, 2), -torch.ones(5, 2), None, 2)
     assert int(codes.offsets[-1]) == 0 and smallest == torch.inf

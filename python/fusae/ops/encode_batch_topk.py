@@ -63,17 +63,19 @@ class _EncodeBatchTopK(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, W_enc, _, _, aux_mask, _, ctx.k_aux, ctx.activation, ctx.row_sparse, ctx.backend = inputs
-        _, indices, offsets, smallest, aux_values, aux_indices = output
+        values, indices, offsets, smallest, aux_values, aux_indices = output
         ctx.mark_non_differentiable(indices, offsets, smallest, aux_indices)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, W_enc, aux_mask, indices, offsets, aux_values, aux_indices)
+        ctx.save_for_backward(x, W_enc, aux_mask, values, indices, offsets, aux_values, aux_indices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _, __, ___, grad_aux, ____):
         if grad is None and grad_aux is None:
             return (None,) * 10
-        x, W_enc, mask, indices, offsets, aux_values, aux_indices = ctx.saved_tensors
+        x, W_enc, mask, values, indices, offsets, aux_values, aux_indices = ctx.saved_tensors
+        if grad is not None and ctx.activation == "relu":  # positive, but rounded to 0 in 16 bits: padding
+            grad = torch.where(values != 0, grad, 0.0)
         if ctx.k_aux and grad_aux is not None:
             # None through padding: a ReLU at or below 0, an unmasked latent.
             live = aux_values != 0 if ctx.activation == "relu" else mask[aux_indices.long()]

@@ -146,6 +146,8 @@ def batch_topk_backward(case: Case, inputs: Inputs, target: Target, gen: torch.G
     x, W = inputs["x"].detach().reshape(-1, d), inputs["W_enc"].detach()
     # Both selections as fixed-width entries, one a row: (row, latent, gradient of the pre-activation).
     row, latent, coef = [codes.row_ids()[:used]], [codes.indices[:used]], [grads[0][:used]]
+    if inputs["activation"] == "relu":
+        coef = [torch.where(codes.values[:used] != 0, coef[0], 0.0)]
     if aux:
         flat, grad = aux[0].detach().flatten(), grads[1].reshape(-1, inputs["k_aux"])
         live = flat.values != 0 if inputs["activation"] == "relu" else inputs["aux_mask"][flat.indices.long()]
