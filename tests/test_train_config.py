@@ -24,7 +24,8 @@ def test_resolve_fills_in_what_depends_on_the_data():
     assert TrainConfig(m=40).resolve(768, 4096).k_aux == 40
     given = TrainConfig(m=40, tokens=5000, batch_size=1000, lr=1.0, warmup_steps=0, k_aux=0, dead_window=7)
     resolved = given.resolve(8, None)
-    assert resolved == dataclasses.replace(given, d=8, sites="8", data_seed=0) and resolved.resolve(8, None) == resolved
+    filled = dataclasses.replace(given, d=8, sites="8", data_seed=0, centre_input=False)
+    assert resolved == filled and resolved.resolve(8, None) == resolved
     assert TrainConfig(m=40, tokens=5999, batch_size=1000).resolve(8, None).tokens == 5000
 
 

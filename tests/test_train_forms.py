@@ -192,3 +192,18 @@ def test_a_run_is_resumed_with_the_fields_that_began_it(tmp_path):
     assert (resumed.step, resumed.config.form, resumed.config.prefixes) == (3, "matryoshka", "12,24")
     with pytest.raises(ValueError, match="form is 'gated', the run to resume has 'matryoshka'"):
         Trainer(given | {"preset": "gated"}, data(), tmp_path, resume=True, show=False)
+
+
+def test_inputs_are_centred_where_no_bias_is_subtracted_from_them():
+    chosen = config(architecture="crosscoder", tokens=2560)
+    assert chosen.resolve(D, None, (12, 12)).centre_input and not config(tokens=2560).resolve(D, None).centre_input
+    given = config(architecture="crosscoder", centre_input=False, tokens=2560)
+    assert not given.resolve(D, None, (12, 12)).centre_input
+    x, dead = data() + 5, []
+    for centred in (True, False):
+        rows = []
+        fields = {"architecture": "crosscoder", "sites": "12,12", "unit_decoder": False, "select_by_norm": True}
+        chosen = config("batch_topk", centre_input=centred, tokens=7680, **fields)
+        Trainer(chosen, x, show=False).run(on_log=rows.append)
+        dead.append(rows[-1]["dead"])
+    assert dead[0] < dead[1]

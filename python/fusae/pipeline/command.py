@@ -182,7 +182,7 @@ def with_fields(command: Any) -> Any:
                 shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
                 text += f"; default: {shown}"
             flag = "--" + field.name.replace("_", "-")
-            names = [f"{flag}/--no-{flag[2:]}"] if field.type == "bool" else [flag]
+            names = [f"{flag}/--no-{flag[2:]}"] if field.type.startswith("bool") else [flag]
             option = typer.Option(*names, help=text, show_default=False, rich_help_panel=panel)
             kind: Any = list[str] if "tuple" in field.type else kinds[field.type.split(" |")[0]]
             parameters.append(

@@ -115,8 +115,10 @@ class TrainConfig:
         "decay rate of an average of the weights over the steps, which the saved coder then has; 0: the last weights; "
         "0.999 averages over some thousand steps (the threshold of batch_topk stays that of the last weights)",
     )
-    centre_input: bool = _field(
-        False, "train on data less their mean row; undone in the saved coder. For data far from the origin in 16 bits"
+    centre_input: bool | None = _field(
+        None,
+        "train on data less their mean row; undone in the saved coder; default: where no b_dec is subtracted from the "
+        "input (all architectures but 'autoencoder'), as latents die by the thousand far from the origin",
     )
     scale_input: bool = _field(
         True, "train on data scaled so that their mean squared distance from the mean is 1; undone in the saved coder"
@@ -181,11 +183,12 @@ class TrainConfig:
             "straight_through",
             "unit_decoder",
             "select_by_norm",
-            "centre_input",
             "scale_input",
             "tensorboard",
         ):
             _fields.flag(name, getattr(self, name))
+        if self.centre_input is not None:
+            _fields.flag("centre_input", self.centre_input)
         _fields.choice("form", self.form, tuple(FORMS))
         _fields.choice("architecture", self.architecture, ARCHITECTURES)
         _fields.choice("penalty", self.penalty, PENALTIES)
@@ -242,6 +245,7 @@ class TrainConfig:
             "sites": ",".join(map(str, parts)),
             "tokens": tokens,
             "data_seed": self.seed,
+            "centre_input": self.architecture != "autoencoder",
             "lr": 2e-4 / math.sqrt(self.m / 2**14),
             "warmup_steps": min(1000, steps // 20),
             "k_aux": 0 if FORMS[self.form].select in UNBOUNDED else min(max(1, out // 2), self.m),
