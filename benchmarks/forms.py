@@ -96,9 +96,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"on {results['device']}, {results['threads']} threads, commit {str(results['git'])[:10]}.",
         "",
-        "| dictionary | at | FVU | L0 | dead | loss: model / patched / mean-ablated | loss recovered | KL recovered | "
-        "training |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| dictionary | at | FVU | L0 | dead | loss: model / patched / mean-ablated | loss recovered | KL recovered |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         loss, sites = row["loss"], [site.removeprefix("model.") for site in row["sites"]]
@@ -106,7 +105,7 @@ def page(results: dict[str, Any]) -> str:
         losses = " / ".join(f"{loss[name]:.3f}" for name in ("original", "patched", "mean_ablated"))
         lines.append(
             f"| {row['name']} | {where} | {row['fvu']:.3f} | {row['l0']:.1f} | {row['dead_latents']:,} | {losses} | "
-            f"{loss['loss_recovered']:.3f} | {row['kl']['kl_recovered']:.3f} | {row['training_seconds']:,.0f} s |"
+            f"{loss['loss_recovered']:.3f} | {row['kl']['kl_recovered']:.3f} |"
         )
     lines += [
         "",
