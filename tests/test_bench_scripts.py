@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -150,3 +151,8 @@ def test_a_library_takes_the_weights_and_trains_with_them():
     assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
     with pytest.raises(RuntimeError, match=r"has parameters \['0.bias', .*another version of the library"):
         rivals._step(inputs, module, {"W_enc": inputs.W_enc}, lambda x: x.sum())
+
+
+def test_the_page_of_kinds_is_made_from_its_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "amd-epyc-2-cores" / "forms.json").read_text())
+    assert (ROOT / "docs" / "forms.md").read_text() == _script("forms").page(results)
