@@ -94,7 +94,8 @@ def page(results: dict[str, Any]) -> str:
         "",
         f"    {results['command']}",
         "",
-        f"on {results['device']}, {results['threads']} threads, commit {str(results['git'])[:10]}.",
+        f"on {results['device']}, {results['threads']} threads, commit {str(results['git'])[:10]}"
+        f"{' with local changes' if results['dirty'] else ''}. {results.get('about', '')}".rstrip(),
         "",
         "| dictionary | at | FVU | L0 | dead | loss: model / patched / mean-ablated | loss recovered | KL recovered |",
         "|---|---|---|---|---|---|---|---|",
