@@ -11,6 +11,7 @@ import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the onl
 from ._dispatch import BackendError, backend
 from .codes import SparseCodes
 from .info import explain
+from .integrations import accelerate, restore
 from .ops import (
     DecodeLoss,
     adam_rows_,
@@ -29,6 +30,7 @@ __all__ = [
     "BackendError",
     "DecodeLoss",
     "SparseCodes",
+    "accelerate",
     "adam_rows_",
     "backend",
     "codes_from_dense",
@@ -38,5 +40,6 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "explain",
+    "restore",
     "topk",
 ]

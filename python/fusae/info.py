@@ -22,10 +22,11 @@ def _or_error(ask: Callable[..., str | None], *args: Any, **kwargs: Any) -> str 
 
 
 def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None, **kwargs: Any) -> str:
-    """Which backend runs a raw op, and why the others do not.
+    """Which backend runs a raw op, and why the others do not; or what of a model `fusae.accelerate` swaps.
 
     Args:
-        op: a public op (``fusae.encode_topk``) or the name of a raw op (``"encode_topk_fwd"``).
+        op: a public op (``fusae.encode_topk``) or the name of a raw op (``"encode_topk_fwd"``); or a model of another
+            tool, which goes to `fusae.integrations.describe`.
         *args, **kwargs: the raw op's arguments, to judge a particular call; without any, whether the backend has the op
             at all on this machine.
         backend: as if this backend were asked for. A `fusae.backend` context and ``FUSAE_BACKEND`` count as they do for
@@ -34,6 +35,10 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
     Returns:
         One line per backend in the order of choice, for every raw op behind `op`, its backward pass included.
     """
+    if isinstance(op, torch.nn.Module):
+        from .integrations import describe
+
+        return describe(op)
     raw = _dispatch.raw_ops(op)
     if not raw:
         name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))

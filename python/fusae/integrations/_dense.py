@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What adapters share: when to stand aside, and dense activations in and out of sparse ops."""
+
+from __future__ import annotations
+
+import torch
+import torch.autograd.forward_ad
+from torch import Tensor
+
+from ..codes import SparseCodes
+from ..ops import codes_from_dense, decode
+
+
+def transformed() -> bool:
+    """Whether a functorch transform or a forward-mode derivative is under way, which the tool's own code serves."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def hooked(module: torch.nn.Module) -> bool:
+    """Whether somebody watches or edits what passes through a hook point."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class _DecodeDense(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, f: Tensor, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+        codes = codes_from_dense(f)
+        ctx.save_for_backward(f, W_dec, codes.values, codes.indices, codes.offsets)
+        return decode(codes, W_dec, b_dec)
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        f, W_dec, *parts = ctx.saved_tensors
+        need_f, need_W, need_b = ctx.needs_input_grad
+        grad_f = grad_y @ W_dec.T if need_f else None
+        grad_W = None
+        if need_W and torch.is_grad_enabled():  # somebody takes a second derivative
+            grad_W = f.T @ grad_y
+        elif need_W:
+            values, indices, offsets = parts
+            with torch.enable_grad():
+                rows = W_dec.detach().requires_grad_()
+                y = decode(SparseCodes(values, indices, W_dec.shape[0], offsets), rows)
+            (grad_W,) = torch.autograd.grad(y, rows, grad_y)
+        return grad_f, grad_W, grad_y.sum(0) if need_b else None
+
+
+def decode_dense(f: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
+    """``f W_dec + b_dec`` for activations that are mostly zero, with all gradients of the dense product.
+
+    Args:
+        f: ``[..., m]`` activations, whoever made or edited them; one pass finds the non-zeros.
+        W_dec: ``[m, d]``, row = latent (a ``[d, m]`` parameter's transposed view costs nothing where its memory is
+            latent-major). Dtype of `f`.
+        b_dec: ``[d]`` or None.
+
+    Returns:
+        ``[..., d]``. The gradient of `f` is dense: latents that are off get theirs too, as attribution needs. Second
+        derivatives are those of the dense product.
+
+    Equivalent to: ``f @ W_dec + b_dec``
+    """
+    device = f.device.type
+    if torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        f, W_dec, b_dec = f.to(low), W_dec.to(low), None if b_dec is None else b_dec.to(low)
+    flat = f.reshape(-1, f.shape[-1])
+    return _DecodeDense.apply(flat, W_dec, b_dec).reshape(*f.shape[:-1], W_dec.shape[1])
