@@ -16,6 +16,7 @@ from ..formats.native import load_pair, save_pair
 from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
 from .config import SparseCoderConfig
 from .init import geometric_median, random_unit_rows_, unit_rows_
+from .input_norm import InputNorm
 from .objectives import CoderLoss, Moment, TopK
 from .pre_bias import PreBias
 from .sums import take
@@ -129,6 +130,7 @@ class SparseCoder(nn.Module):
 
     def encoder_input(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the encoding ops take for `x`: input less `b_dec`, and a bias whose gradient also reaches `b_dec`."""
+        x = InputNorm.of(self.config, x).normalise(x)
         if not self.config.pre_bias:
             return x, self.b_enc
         return x - self.b_dec.detach(), PreBias.apply(self.b_enc, self.b_dec, self.W_enc.detach())
@@ -150,10 +152,13 @@ class SparseCoder(nn.Module):
         return SparseCodes(torch.relu(values).to(gates.values.dtype), gates.indices, gates.m, gates.offsets)
 
     def decode(self, codes: SparseCodes, x: Tensor | None = None) -> Tensor:
-        """The output ``[..., d_out]`` for codes over the m latents; with a skip connection, of the input `x` too."""
-        if self.config.skip and x is None:
-            raise ValueError("x must be given: the output of a coder with a skip connection depends on its input")
-        return self.add_skip(decode(codes, self.W_dec, self.b_dec, sparse_grad=self.sparse_grad), x)
+        """The output ``[..., d_out]`` for codes over the m latents; with a skip connection or an ``input_norm``, of the
+        input `x` too."""
+        if x is None and (self.config.skip or self.config.input_norm != "none"):
+            what = "a skip connection" if self.config.skip else f"input_norm {self.config.input_norm!r}"
+            raise ValueError(f"x must be given: the output of a coder with {what} depends on its input")
+        y = self.add_skip(decode(codes, self.W_dec, self.b_dec, sparse_grad=self.sparse_grad), x)
+        return InputNorm.of(self.config, x).restore(y)
 
     def add_skip(self, y: Tensor, x: Tensor | None) -> Tensor:
         """``y + W_skip x``; `y` itself where the coder has no skip connection."""
@@ -267,6 +272,8 @@ class SparseCoder(nn.Module):
                 its `centre`.
         """
         config = self.config
+        if config.input_norm != "none":
+            raise ValueError(f"input_norm is {config.input_norm!r}: a scale per row is there already, nothing to fold")
         out_scale = scale if out_scale is None else out_scale
         for name, value in (("scale", scale), ("out_scale", out_scale)):
             _fields.number(name, value, above=True)
@@ -300,8 +307,9 @@ class SparseCoder(nn.Module):
         selection goes by norm.
         """
         config = self.config
-        if config.pre_bias or config.output_width != config.d:
-            raise ValueError("columns can be folded into coders without pre_bias whose output is of the input's width")
+        if config.input_norm != "none" or config.pre_bias or config.output_width != config.d:
+            wanted = "coders without pre_bias and input_norm whose output is of the input's width"
+            raise ValueError(f"columns can be folded into {wanted}")
         if config.select_by_norm:
             raise ValueError("select_by_norm: call fold_norms_() first, or the folded coder would select other latents")
         if scale.shape != (config.d,) or not bool((scale > 0).all()):

@@ -17,6 +17,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 SELECTS = ("topk", "abs", "group_max", "batch_topk", "relu", "threshold")
+INPUT_NORMS = ("none", "layer", "rms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,9 @@ class SparseCoderConfig:
         gated: separate gates and magnitudes (Rajamanoharan et al. 2024, arXiv:2404.16014); wants select 'relu'.
         sites: widths of the parts that a row is joined from (crosscoder); the norm of a decoder row is then the sum of
             its parts' norms. Their sum is the width of the output.
+        input_norm: what every row is normalised by before anything else, and the output back, in dictionaries of others
+            (`fusae.load`): 'layer': ``(x - mean) / (std + 1e-5)`` with the unbiased std of the row; 'rms':
+            ``x √d / ‖x‖``. For inference alone, with an output of the input's width; 'none' otherwise.
 
     Raises:
         TypeError, ValueError: naming the field, what was wanted and what came.
@@ -63,6 +67,7 @@ class SparseCoderConfig:
     skip: bool = False
     gated: bool = False
     sites: tuple[int, ...] | None = None
+    input_norm: str = "none"
 
     def __post_init__(self) -> None:
         _fields.whole("d", self.d, 1)
@@ -103,6 +108,11 @@ class SparseCoderConfig:
                 raise ValueError(
                     f"sites must add up to the width of the output, {self.output_width}, got {list(self.sites)}"
                 )
+        _fields.choice("input_norm", self.input_norm, INPUT_NORMS)
+        if self.input_norm != "none" and (self.d_out is not None or self.skip):
+            raise ValueError(
+                f"input_norm must be 'none' for transcoders (the output has its own scale), got {self.input_norm!r}"
+            )
 
     @property
     def is_thresholded(self) -> bool:

@@ -217,3 +217,8 @@ def wants(coder: SparseCoder, objective: object, selects: Sequence[str]) -> None
             f"objective {type(objective).__name__} needs a coder with select {' or '.join(map(repr, selects))}, "
             f"got {coder.config.select!r}"
         )
+    if coder.config.input_norm != "none":
+        raise ValueError(
+            f"input_norm is {coder.config.input_norm!r}, and such a coder is for inference; normalise the rows, and "
+            "train one without input_norm on them"
+        )
