@@ -10,7 +10,7 @@ else
   PY   := $(PYTHON)
   ENV  := $(VENV)/.given
 endif
-EXTRAS := test,lm,text,report,tensorboard
+EXTRAS := test,triton,lm,text,report,tensorboard
 RUN    ?= runs/demo
 DEVICE ?= here
 

@@ -2,6 +2,7 @@
 """Seeds, a fixed thread count, poisoned uninitialised memory, and a word on what is not tested on this machine."""
 
 import functools
+import importlib.util
 import os
 import sys
 
@@ -11,9 +12,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+# Without a GPU the Triton kernels are interpreted. Triton reads the variable where a kernel is defined.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fusae import _dispatch
 from fusae.testing import CASES, Target, bench, left_out, targets
 from fusae.testing.conformance import check_backward, check_forward
+
+if _dispatch.by_name_only("triton") is not None:
+    from fusae.kernels import interpreter
+
+    interpreter.install()
 
 POISON = {torch.uint8: 0xAB, torch.int8: -77, torch.int16: -31111, torch.int32: 2_100_000_011, torch.int64: 2**61 + 11}
 
@@ -102,4 +112,8 @@ def _caught_by(target, op):
 def pytest_report_header():
     tested = ", ".join(map(str, targets()))
     missing = [f"not tested here: {what} ({why})" for what, why in left_out().items()]
+    if (triton := Target("triton")).interpreted:
+        cases = [case for case in CASES if triton.too_large(case)]
+        missing.append(f"triton: in the conformance suite without {len(cases)} cases of {len(CASES)} (it is "
+                       f"{triton.too_large(cases[0])}), and in tests/test_triton_*.py")  # fmt: skip
     return [f"fusae targets: {tested}", *missing]

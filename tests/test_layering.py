@@ -37,7 +37,7 @@ RULES = [
     ("backends/__init__.py", ()),
     ("backends/reference.py", ("fusae.reference",)),
     ("backends/cpu/", ("fusae._C", "fusae.backends.cpu")),
-    ("backends/triton.py", ("fusae.kernels",)),
+    ("backends/triton/", ("fusae.kernels", "fusae.backends.triton")),
     ("backends/cuda.py", ("fusae._cuda",)),
     ("__init__.py", ("fusae._dispatch", "fusae.integrations", *PUBLIC)),
     ("info.py", ("fusae._dispatch", "fusae.backends", "fusae.integrations")),

@@ -43,6 +43,7 @@ class _Entry(NamedTuple):
 class _Backend(NamedTuple):
     unavailable: str | None
     entries: dict[str, _Entry]
+    by_name_only: str | None = None  # why it is no automatic choice
 
 
 _backends: dict[str, _Backend] = {}
@@ -115,7 +116,8 @@ def _load(name: str) -> _Backend:
             _backends[name] = _Backend(f"this version of fusae has no {name} kernels", {})
         else:
             entries = {op: _Entry(run, why_not) for op, (run, why_not) in module.TABLE.items()}
-            _backends[name] = _Backend(module.unavailable(), entries)
+            by_name_only = module.by_name_only() if hasattr(module, "by_name_only") else None
+            _backends[name] = _Backend(module.unavailable(), entries, by_name_only)
     return _backends[name]
 
 
@@ -128,6 +130,11 @@ def why_not(op: str, backend: str, args: tuple = (), kwargs: dict | None = None,
     if entry is None:
         return f"no {op} kernel"
     return None if static else entry.why_not(*args, **(kwargs or {}))
+
+
+def by_name_only(backend: str) -> str | None:
+    """The reason why `backend`, though it can run, is never chosen automatically, or None."""
+    return _load(backend).by_name_only
 
 
 def _check_name(name: str, where: str) -> str:
@@ -155,9 +162,9 @@ def select(op: str, args: tuple, kwargs: dict, backend: str | None = None) -> Ca
             raise BackendError(f"backend {name!r} was asked for but cannot run {op}: {reason}")
         return _load(name).entries[op].run
     for name in ORDER:
-        if why_not(op, name, args, kwargs) is None:
+        if by_name_only(name) is None and why_not(op, name, args, kwargs) is None:
             return _load(name).entries[op].run
-    reasons = "; ".join(f"{name}: {why_not(op, name, args, kwargs)}" for name in ORDER)
+    reasons = "; ".join(f"{name}: {by_name_only(name) or why_not(op, name, args, kwargs)}" for name in ORDER)
     raise BackendError(f"no backend can run {op}: {reasons}")
 
 

@@ -55,6 +55,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
                 if asked:
                     verdict = f"cannot: {reason}" if reason else "runs (asked for)"
                 else:
+                    reason = reason or _dispatch.by_name_only(name)
                     verdict = reason or ("can run" if chosen else "runs")
                 chosen = chosen or reason is None
             lines.append(f"{r:16} {name:10} {verdict}")
@@ -99,6 +100,7 @@ def report() -> str:
         row = f"{op:18}"
         for backend in _dispatch.ORDER:
             reason = _or_error(_dispatch.why_not, op, backend, static=True)
+            reason = reason or _dispatch.by_name_only(backend)
             if reason is not None:
                 reasons.setdefault(reason, f"[{len(reasons) + 1}]")
             row += f"{'yes' if reason is None else reasons[reason]:12}"

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 import torch
 
 from .. import _dispatch
+from .cases import Case
+
+# What the Triton interpreter takes on: it needs 10 ms or so for a program of a kernel, whatever the program does.
+INTERPRETED_ROWS, INTERPRETED_ELEMENTS = 40, 400_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,19 @@ class Target:
     def device(self) -> torch.device:
         on_gpu = self.backend in ("cuda", "triton") and torch.cuda.is_available()
         return torch.device("cuda" if on_gpu else "cpu")
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs it, on the CPU: right, but thousands of times slower than a GPU."""
+        return self.backend == "triton" and _dispatch.by_name_only("triton") is not None
+
+    def too_large(self, case: Case) -> str | None:
+        """Why a case takes too long on this target, or None."""
+        rows = case.shape.get("n", 1)
+        elements = rows * max(case.shape.get("m", 1), case.shape.get("d", 1) * max(1, case.shape.get("k", 1)))
+        if self.interpreted and (rows > INTERPRETED_ROWS or elements > INTERPRETED_ELEMENTS):
+            return f"interpreted with at most {INTERPRETED_ROWS} rows and {INTERPRETED_ELEMENTS} elements"
+        return None
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -41,10 +58,11 @@ class Target:
         return ".".join(filter(None, (self.backend, self.isa, self.gemm)))
 
 
-def targets(*raw_ops: str, gemms: bool = False) -> list[Target]:
+def targets(*raw_ops: str, gemms: bool = False, interpreted: bool = False) -> list[Target]:
     """Targets that have all these raw ops on this machine, in the order of dispatch.
 
-    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's.
+    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's. With `interpreted`, Triton's
+    interpreter too: only for inputs of a few thousand elements (`Target.too_large`).
     """
     found = []
     for backend in _dispatch.ORDER:
@@ -55,7 +73,7 @@ def targets(*raw_ops: str, gemms: bool = False) -> list[Target]:
 
             products = ("native", "torch") if gemms else (None,)
             found += [Target(backend, isa, gemm) for isa in cpu.isas() for gemm in products]
-        else:
+        elif interpreted or not Target(backend).interpreted:
             found.append(Target(backend))
     return found
 
@@ -64,6 +82,8 @@ def left_out() -> dict[str, str]:
     """Why a backend (or one of its raw ops) is not tested here: ``{"triton": reason, "cuda topk_fwd": reason}``."""
     reasons = {}
     for backend in _dispatch.ORDER:
+        if _dispatch.by_name_only(backend) is not None:
+            reasons[backend] = _dispatch.by_name_only(backend)
         missing = {op: _dispatch.why_not(op, backend, static=True) for op in _dispatch.ops()}
         if len(set(missing.values())) == 1:
             missing = {"": next(iter(missing.values()))}
