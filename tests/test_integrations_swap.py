@@ -88,6 +88,27 @@ def test_inside_a_model():
     ]
 
 
+class Trainer:
+    """Not a module itself."""
+
+    def __init__(self):
+        self.ae, self.step = Coder(), 0
+        self.more, self.again = {"a": Coder(), "b": 1}, [self.ae, Own()]
+
+
+def test_what_a_trainer_holds():
+    trainer = fusae.accelerate(Trainer())
+    assert trainer.ae(X)[0, 0] == trainer.more["a"](X)[0, 0] == 1001
+    assert fusae.explain(trainer).splitlines() == [
+        "ae: Coder on fusae: encode (gradients 'correct')",
+        "    unlike the tool: adds a thousand",
+        "more.a: Coder on fusae: encode (gradients 'correct')",
+        "    unlike the tool: adds a thousand",
+        "again.1: Own left as it is: Own overrides encode",
+    ]
+    assert type(fusae.restore(trainer).more["a"]) is Coder
+
+
 def test_a_users_subclass_keeps_its_methods():
     coder = fusae.accelerate(Scaled())
     assert coder(X)[0, 0] == 2002 and type(fusae.restore(coder)) is Scaled

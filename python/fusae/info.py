@@ -25,8 +25,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
     """Which backend runs a raw op, and why the others do not; or what of a model `fusae.accelerate` swaps.
 
     Args:
-        op: a public op (``fusae.encode_topk``) or the name of a raw op (``"encode_topk_fwd"``); or a model of another
-            tool, which goes to `fusae.integrations.describe`.
+        op: a public op (``fusae.encode_topk``) or the name of a raw op (``"encode_topk_fwd"``); or a model or
+            trainer of another tool, which goes to `fusae.integrations.describe`.
         *args, **kwargs: the raw op's arguments, to judge a particular call; without any, whether the backend has the op
             at all on this machine.
         backend: as if this backend were asked for. A `fusae.backend` context and ``FUSAE_BACKEND`` count as they do for
@@ -35,7 +35,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
     Returns:
         One line per backend in the order of choice, for every raw op behind `op`, its backward pass included.
     """
-    if isinstance(op, torch.nn.Module):
+    if isinstance(op, torch.nn.Module) or (hasattr(op, "__dict__") and not callable(op)):
         from .integrations import describe
 
         return describe(op)

@@ -140,11 +140,31 @@ def _judge(module: Any) -> tuple[Adapter | None, str | None]:
     return None, reason
 
 
+def _held(value: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        yield from value.items()
+    elif isinstance(value, (list, tuple)):
+        yield from enumerate(value)
+    else:
+        yield "", value
+
+
 def _parts(model: Any) -> Iterator[tuple[str, Any]]:
+    """`model` and what it holds: modules at any depth; of another object (a trainer), what its attributes hold."""
     if isinstance(model, nn.Module):
         yield from model.named_modules()
-    else:
-        yield "", model
+        return
+    yield "", model
+    known = tuple(adapter.tool_class for adapter in _adapters())
+    seen = {id(model)}
+    for name, value in getattr(model, "__dict__", {}).items():
+        for key, item in _held(value):
+            prefix = name if key == "" else f"{name}.{key}"
+            inner = item.named_modules(prefix=prefix) if isinstance(item, nn.Module) else [(prefix, item)]
+            for path, part in inner if isinstance(item, (nn.Module, *known)) else ():
+                if id(part) not in seen:
+                    seen.add(id(part))
+                    yield path, part
 
 
 def accelerate(model: T, gradients: str = "correct") -> T:
@@ -157,7 +177,7 @@ def accelerate(model: T, gradients: str = "correct") -> T:
     forward-mode derivatives, a hook on the dense pre-activations) runs the tool's own code.
 
     Args:
-        model: a dictionary, or a ``torch.nn.Module`` that holds some at any depth.
+        model: a dictionary, a ``torch.nn.Module`` that holds some at any depth, or a tool's trainer.
         gradients: 'correct': gradients are those of the loss that the tool states, which mends known defects of some
             tools' own (``fusae.explain(model)`` lists them); 'tool': those of the tool, defects included.
 
