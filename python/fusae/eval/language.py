@@ -17,6 +17,8 @@ from .patching import Patcher
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+LOGITS_BYTES = 2**28
+
 
 class LossMetrics:
     """Cross-entropy and KL divergence of a model with something else in place of its activations.
@@ -95,7 +97,7 @@ def loss_recovered(
     chunks: Any,
     mean: Tensor,
     *,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     skip_positions: int = 2,
     outlier_factor: float | None = 10.0,
     norm_limit: float | Sequence[float] | None = None,
@@ -117,6 +119,8 @@ def loss_recovered(
             several, whose rows are joined; each is given its part of the reconstruction.
         reconstruct: maps rows ``[n, d]`` of the model's dtype to ``[n, d - keep]``.
         chunks: held-out `fusae.data.TokenChunks`, or token ids ``[chunks, ctx]``.
+        batch_size: chunks a forward pass. None: as many as keep one set of logits below `LOGITS_BYTES`; two are alive
+            at a time, and they dwarf the rest.
         mean: ``[d - keep]``, mean activation, e.g. ``ReconstructionMetrics.mean()`` of the held-out rows.
         skip_positions, outlier_factor, drop_special, nonfinite: as the activations were collected.
         norm_limit: as `Activations.norm_limit`. None: `outlier_factor` times the median norm of the first batch.
@@ -137,8 +141,10 @@ def loss_recovered(
     kept.check(ctx)
     if ctx < 2:
         raise ValueError("chunks must have at least 2 positions: there is no next token to predict")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+    if batch_size is None:
+        batch_size = _chunks_at_once(model, ctx)
+    elif not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be an integer of at least 1, or None, got {batch_size!r}")
     patcher = Patcher(model, module)
     device = hooks.device_of(model)
     metrics = LossMetrics()
@@ -167,6 +173,14 @@ def loss_recovered(
                     metrics.update(name, _logits(model, ids, mask), original, ids, counted)
             bar.update(task, advance=int(in_use.sum()))
     return {**metrics.result(), "passed_through": passed}
+
+
+def _chunks_at_once(model: nn.Module, ctx: int) -> int:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return 1
+    each = ctx * head.weight.shape[0] * head.weight.element_size()
+    return max(1, LOGITS_BYTES // each)
 
 
 def _logits(model: nn.Module, ids: Tensor, mask: Tensor | None) -> Tensor:
