@@ -4,8 +4,8 @@
     python benchmarks/long_run.py [--tokens 1000000] [--store stream] [--out results.json]
 
 Runs ``fusae train CONFIG`` on the demo's model and text in a process of its own and reads the private memory of that
-process (RssAnon of /proc) five times a second. Memory comes and goes within a batch (a set of logits, the activations of
-a layer), so what must be flat are the high-water marks: of the windows of 10 s of a stage, the first fifth of the stage
+process (RssAnon of /proc) five times a second. Memory comes and goes within a batch (logits, the activations of a
+layer), so what must be flat are the high-water marks: of the windows of 10 s of a stage, the first fifth of the stage
 left out (buffers and moments are made there), each has its highest reading within 5 % of the median of those readings.
 The lowest and the highest single reading are in the results too.
 """
