@@ -39,7 +39,7 @@ RULES = [
     ("backends/cpu/", ("fusae._C", "fusae.backends.cpu")),
     ("backends/triton/", ("fusae.kernels", "fusae.backends.triton")),
     ("backends/cuda.py", ("fusae._cuda",)),
-    ("__init__.py", ("fusae._dispatch", "fusae.integrations", *PUBLIC)),
+    ("__init__.py", ("fusae._dispatch", "fusae.formats", "fusae.integrations", *PUBLIC)),
     ("info.py", ("fusae._dispatch", "fusae.backends", "fusae.integrations")),
     ("nn/", TOOLS),
     ("optim/", TOOLS),

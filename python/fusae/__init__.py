@@ -10,6 +10,7 @@ import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the onl
 
 from ._dispatch import BackendError, backend
 from .codes import SparseCodes
+from .formats import load
 from .info import explain
 from .integrations import accelerate, restore
 from .ops import (
@@ -40,6 +41,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "explain",
+    "load",
     "restore",
     "topk",
 ]

@@ -11,6 +11,7 @@ import typer
 
 from . import BackendError
 from .demo.command import demo
+from .formats.command import convert
 from .pipeline.command import evaluate, train, with_fields
 from .pipeline.errors import PipelineError
 from .pipeline.sweep import sweep
@@ -75,6 +76,7 @@ app.command(
 app.command("sweep", help=sweep.__doc__)(sweep)
 app.command("eval", help=evaluate.__doc__)(evaluate)
 app.command("demo")(demo)
+app.command("convert")(convert)
 
 
 def main(arguments: list[str] | None = None) -> None:
