@@ -98,9 +98,10 @@ def join_dots_kernel(out, dots, scale, offsets, n, width, storage, blocks,
     """``out[e] = scale · Σ_block dots[block, e]``, blocks in order; 0 in storage that is not in use."""
     e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     used = e < used_entries(offsets, n, width, storage, RAGGED)
-    total = tl.zeros([B], dtype=tl.float32)
-    for block in range(0, blocks):
-        total += tl.load(dots + block.to(tl.int64) * storage + e, mask=used, other=0.0)
+    total, at = tl.zeros([B], dtype=tl.float32), e
+    for _ in range(0, blocks):
+        total += tl.load(dots + at, mask=used, other=0.0)
+        at += storage
     if SCALED:
         total *= tl.load(scale).to(tl.float32)
         total = tl.where(used, total, 0.0)
@@ -131,7 +132,7 @@ def value_gradients(
     With several `prefixes` (int32), `source` is ``[prefixes, n, d]`` and an entry meets the row of its group.
     """
     d, weight = weight.shape[1], contiguous_rows(weight)
-    source = contiguous_rows(source) if prefixes is None else source.contiguous().view(-1, d)
+    source = contiguous_rows(source) if prefixes is None else source.reshape(-1, d)
     tile = gather_tile(d, weight.element_size())
     dots = torch.empty(cdiv(d, tile.columns), codes.storage, dtype=torch.float32, device=weight.device)
     if codes.n and codes.storage:

@@ -66,7 +66,8 @@ def gather_tile(d: int, item: int, entries: int = 8, rows: int = 1) -> Tile:
     The tile never changes the order of a sum.
     """
     if INTERPRETED:  # few, large programs
-        return Tile(32, entries, min(128, max(16, next_power_of_2(d))), 4)
+        columns = min(128, max(16, next_power_of_2(d)))
+        return Tile(2**17 // (entries * columns), entries, columns, 4)
     lanes = 512 // item  # of one warp
     if d < lanes:
         columns = max(16, next_power_of_2(d))
