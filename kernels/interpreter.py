@@ -2,8 +2,8 @@
 """Triton's interpreter computes bfloat16 on its bit patterns: `install` mends that, for tests without a GPU.
 
 With it, bfloat16 arithmetic, comparisons and conversions are those of `ml_dtypes` (round to nearest even), and a dot
-of 16-bit blocks multiplies and adds in float32, as tensor cores do. Programs still run one after another, so no race shows;
-shared memory, registers and TF32 are not modelled.
+of 16-bit blocks multiplies and adds in float32, as tensor cores do. Programs still run one after another, so no race
+shows; shared memory, registers and TF32 are not modelled.
 """
 
 from __future__ import annotations
@@ -58,5 +58,35 @@ def install() -> None:
     _interpreter._get_np_dtype, _interpreter._convert_float = get_np_dtype, convert_float
     _interpreter._patch_lang_tensor = patch_lang_tensor
     builder.create_dot = create_dot
+    _interpreter._patch_lang = _patched_once(_interpreter._patch_lang)
     if not hasattr(builder, "get_bf16"):
         builder.get_bf16 = lambda self, value: _interpreter.TensorHandle(np.array([value], dtype=bf16), tl.bfloat16)
+
+
+class _Nothing:
+    def restore(self) -> None:
+        pass
+
+
+def _patched_once(patch_lang):
+    """The interpreter puts its own functions in the place of Triton's at every call of every function, `tl.sum` among
+    them, and that takes most of its time. Once a launch is enough."""
+    patched: set[int] = set()
+
+    def once(fn):
+        languages = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if languages <= patched:
+            return _Nothing()
+        scope = patch_lang(fn)
+        new = languages - patched
+        patched.update(new)
+        restore = scope.restore
+
+        def restored() -> None:
+            patched.difference_update(new)
+            restore()
+
+        scope.restore = restored
+        return scope
+
+    return once

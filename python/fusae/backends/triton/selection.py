@@ -1,6 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selections and encoders."""
+"""Selections of given pre-activations."""
 
 from __future__ import annotations
 
-TABLE: dict = {}
+import torch
+from torch import Tensor
+
+from ...kernels import topk as kernels
+from .available import table
+
+
+def topk_fwd(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    values = pre.new_empty(pre.shape[0], k)
+    indices = torch.empty(pre.shape[0], k, dtype=torch.int32, device=pre.device)
+    # Values apart from their keys: a key does not tell -0.0 from +0.0.
+    kernels.select_dense(pre, k, kernels.Columns(), values, indices, side=True)
+    return values, indices
+
+
+def topk_bwd(grad_values: Tensor, indices: Tensor, m: int) -> Tensor:
+    # No kernel: writing the zeros of [n, m] takes the time. Latents are distinct in a row, so the order is no matter.
+    grad = grad_values.new_zeros(grad_values.shape[0], m)
+    return grad.scatter_(1, indices.long(), grad_values)
+
+
+TABLE = table(topk_fwd, topk_bwd)
