@@ -8,7 +8,8 @@
 
     python benchmarks/parity.py dictionary_learning-topk --data known --out benchmarks/results/my-cpu/parity.json
     python benchmarks/parity.py saelens-topk --data activations --train runs/demo/train --held-out runs/demo/held-out
-    python benchmarks/parity.py --report --out benchmarks/results/my-cpu/parity.json      # writes docs/quality.md
+    python benchmarks/parity.py --report --out benchmarks/results/my-cpu/parity.json      # writes docs/quality.md, with
+                                                                      # ground_truth.json where that lies beside it
     python benchmarks/parity.py --check                                                   # is docs/quality.md current?
 
 A results file is ``{"schema": 1, "runs": [run, ...]}``. A run is one recipe on one data set with one seed:
@@ -16,7 +17,7 @@ A results file is ``{"schema": 1, "runs": [run, ...]}``. A run is one recipe on 
 =============== ======================================================================================================
 ``recipe``      a name in `RECIPES`; ``peer`` and ``peer_version`` are the package it is of
 ``data``        "known", "known-offset" or "activations"; ``about`` in words; ``data_sha256`` of the training rows
-``settings``    the fields of `parity_base.Settings`
+``settings``    the fields of `parity_base.Settings` that the recipe uses
 ``seed``        of the initial weights and of the order of the rows
 ``contenders``  {"peer" | "fusae" | "fusae Trainer": measures}
 ``differences`` where the two sides are not the same, in words
@@ -35,9 +36,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -49,7 +48,8 @@ import parity_saelens
 import torch
 import typer
 from parity_base import Contender, Recipe, Settings
-from parity_report import ROOT, ReportError, quality_page, read_runs
+from parity_report import ROOT, quality_page, read_runs
+from results_file import ReportError, write_results
 from rich.console import Console
 from torch import Tensor
 
@@ -173,10 +173,7 @@ def _append(path: Path, run: dict[str, Any]) -> None:
     runs = read_runs(path) if path.exists() else []
     key = ("recipe", "data", "settings", "seed")
     runs = [old for old in runs if any(old[field] != run[field] for field in key)] + [run]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps({"schema": 1, "runs": runs}, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_results(path, runs)
 
 
 def main(
@@ -235,7 +232,7 @@ def main(
             "recipe": recipe, "peer": chosen.package, "peer_version": version,
             "data": data, "about": about or ABOUT.get(data, f"rows of {train}"),
             "data_sha256": hashlib.sha256(loaded.train.numpy().tobytes()).hexdigest(),
-            "settings": dataclasses.asdict(settings), "seed": seed, "contenders": measured,
+            "settings": settings.told(), "seed": seed, "contenders": measured,
             "differences": list(chosen.differences), **where,
         })  # fmt: skip
 
@@ -247,6 +244,7 @@ def _settings(preset: Settings, recipe: Recipe, data: Data, **given: Any) -> Set
         preset,
         d=data.train.shape[1],
         aux=recipe.aux,
+        **recipe.fields,
         warmup_steps=max(1, round(preset.warmup_steps * share)),
         decay_start=round(preset.decay_start * share),
         **given,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fusae import SparseCodes
-from fusae.nn import SparseCoder, SparseCoderConfig
+from fusae.nn import SparseCoder, SparseCoderConfig, init_thresholds_
 from fusae.optim import Adam
 
 #: a difference that every recipe has
@@ -29,7 +29,9 @@ class Settings:
     """What both sides are told.
 
     `lr` rises over `warmup_steps` and falls linearly to 0 from step `decay_start` on (steps from 0). A latent is dead
-    after `dead_steps` batches without firing, by the rule of the library. `aux`: weight of the AuxK term.
+    after `dead_steps` batches without firing, by the rule of the library. `aux`: weight of the AuxK term. Of the forms
+    that have one: `sparsity`, the weight of their sparsity term, rises as `lr` does; `bandwidth` and `threshold`, width
+    of the window and initial threshold of a JumpReLU.
     """
 
     d: int
@@ -43,11 +45,27 @@ class Settings:
     dead_steps: int
     aux: float
     dtype: str = "float32"
+    sparsity: float | None = None
+    bandwidth: float | None = None
+    threshold: float | None = None
 
     @property
     def k_aux(self) -> int:
         """d / 2, in all recipes here."""
         return self.d // 2
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Widths of the nested dictionaries, in all recipes here."""
+        return self.m // 4, self.m // 2, self.m
+
+    def ramp(self, i: int) -> float:
+        """Share of the sparsity weight at step `i` (from 0), in all recipes here."""
+        return min(1.0, i / self.warmup_steps)
+
+    def told(self) -> dict[str, Any]:
+        """The fields that the recipe uses."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
 
     def after_warmup(self, i: int) -> float:
         """Share of the learning rate at step `i` (from 0), once it has risen."""
@@ -85,6 +103,7 @@ class Recipe:
         peer: (settings, initial weights) -> the library's own trainer.
         own: the same on fusae, by name.
         differences: where the two sides are not the same, in words.
+        fields: what it sets in `Settings`, where nothing else is asked for.
     """
 
     package: str
@@ -94,6 +113,7 @@ class Recipe:
     peer: Callable[[Settings, dict[str, Tensor]], Contender]
     own: dict[str, Callable[[Settings, dict[str, Tensor]], Contender]]
     differences: tuple[str, ...]
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def version(self) -> str:
@@ -113,28 +133,43 @@ class Dense:
 
 
 class Own:
-    """A `SparseCoder` trained by a loop of its own."""
+    """A `SparseCoder` trained by a loop of its own, with the selection and the options of `shape`."""
 
-    def __init__(self, settings: Settings, start: dict[str, Tensor], unit_decoder: bool, **shape: Any) -> None:
+    dead = 0
+
+    def __init__(
+        self,
+        settings: Settings,
+        start: dict[str, Tensor],
+        unit_decoder: bool,
+        clip: bool = True,
+        beta1: float = 0.9,
+        **shape: Any,
+    ) -> None:
         s = self.settings = settings
-        config = SparseCoderConfig(s.d, s.m, s.k, k_aux=s.k_aux, dtype=s.dtype, **shape)
-        self.coder = with_weights(SparseCoder(config, seed=None, sparse_grad=True), start)
-        c = self.coder
+        k_aux = 0 if shape.get("select") in ("relu", "threshold") else s.k_aux
+        config = SparseCoderConfig(s.d, s.m, s.k, k_aux=k_aux, dtype=s.dtype, **shape)
+        self.coder = with_weights(SparseCoder(config, sparse_grad=True), start)
+        if s.threshold is not None:
+            init_thresholds_(self.coder, s.threshold)
+        rest = [p for name, p in self.coder.named_parameters() if name != "W_dec"]
         groups = [
-            {"params": [c.W_enc, c.b_enc, c.b_dec]},
-            {"params": [c.W_dec], "project": unit_decoder, "renormalise": unit_decoder},
+            {"params": rest},
+            {"params": [self.coder.W_dec], "project": unit_decoder, "renormalise": unit_decoder},
         ]
-        self.optimizer = Adam(groups, settings.lr)
-        self.done = 0
+        self.optimizer = Adam(groups, settings.lr, (beta1, 0.999))
+        self.clip, self.done = clip, 0
 
     def update(self, loss: Tensor) -> float:
-        """Gradients (projected where the decoder has unit rows), clipped to norm 1, Adam, unit rows."""
+        """Gradients (projected where the decoder has unit rows), clipped to norm 1, Adam, unit rows, thresholds."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         loss.backward()
-        self.optimizer.clip_grad_norm_(1.0)
+        if self.clip:
+            self.optimizer.clip_grad_norm_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.coder.clamp_()
         self.done += 1
         return float(loss.detach())
 

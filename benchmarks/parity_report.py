@@ -9,8 +9,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import ground_truth_report
+from results_file import ReportError, origin, read_results
+
 ROOT = Path(__file__).resolve().parent.parent
-SCHEMA = 1
 FIELDS = (
     "recipe", "peer", "peer_version", "data", "about", "data_sha256", "settings", "seed", "contenders", "differences",
     "command", "git", "dirty", "time", "versions",
@@ -25,25 +27,9 @@ MCC_BAR = 0.001
 _SOURCE = re.compile(r"from `([^`]+\.json)`")
 
 
-class ReportError(ValueError):
-    """A results file or a page that cannot be used. The message names it, and what is wrong."""
-
-
 def read_runs(path: Path) -> list[dict[str, Any]]:
     """The runs of a results file of parity.py."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReportError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(document, dict) or not isinstance(document.get("runs"), list):
-        raise ReportError(f'{path}: must be {{"schema": {SCHEMA}, "runs": [...]}}, as benchmarks/parity.py writes it')
-    if document.get("schema") != SCHEMA:
-        raise ReportError(f"{path}: schema must be {SCHEMA}, got {document.get('schema')!r}")
-    for i, run in enumerate(document["runs"]):
-        absent = [name for name in FIELDS if not isinstance(run, dict) or name not in run]
-        if absent:
-            raise ReportError(f"{path}: run {i} lacks {', '.join(absent)}")
-    return document["runs"]
+    return read_results(path, FIELDS)
 
 
 def quality_page(results: Path | None, page: Path, check: bool) -> None:
@@ -54,8 +40,15 @@ def quality_page(results: Path | None, page: Path, check: bool) -> None:
             raise ReportError(f"{page} names no results file; give one with --out")
         results = page.resolve().parent.parent / named.group(1)
     results, root = results.resolve(), page.resolve().parent.parent
-    source = results.relative_to(root).as_posix() if results.is_relative_to(root) else results.as_posix()
+
+    def relative(path: Path) -> str:
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+    source, known = relative(results), results.with_name("ground_truth.json")
     fresh = markdown(read_runs(results), source)
+    if known.exists():
+        section = ground_truth_report.section(ground_truth_report.read_runs(known), relative(known))
+        fresh += "\n" + "\n".join(section).rstrip() + "\n"
     if not check:
         page.parent.mkdir(parents=True, exist_ok=True)
         page.write_text(fresh, encoding="utf-8")
@@ -140,6 +133,23 @@ def markdown(runs: list[dict[str, Any]], source: str) -> str:
         "same recipe in float64 shows what is rounding.",
         "",
     ]
+    lines += [
+        "| recipe | data | seeds | FVU × the library's | dead, less the library's | MCC, less the library's | bars |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for group in groups(runs):
+        found = summary(group, "fusae")
+        cells = [
+            group[0]["recipe"],
+            f"{group[0]['data']}, {group[0]['settings']['dtype']}",
+            str(len(group)),
+            f"{found['ratio']:.4f}",
+            f"{found['dead']:+.2%}",
+            f"{found['mcc']:+.4f}" if "mcc" in found else "—",
+            verdict(found),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
     for group in groups(runs):
         lines += _section(group)
     return "\n".join(lines).rstrip() + "\n"
@@ -178,19 +188,13 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
             "—" if name == "peer" else verdict(found),
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    commits = dict.fromkeys(
-        ("an unknown commit" if run["git"] is None else f"commit `{run['git'][:12]}`")
-        + (" with local changes" if run["dirty"] else "")
-        for run in group
-    )
     lines += [
         "",
         "Not the same on both sides:",
         "",
         *(f"- {difference}" for difference in first["differences"]),
         "",
-        f"`{first['command']}`, {first['device']}, torch {first['versions'].get('torch', '?')}, "
-        f"{', '.join(commits)}, {first['time'][:10]}.",
+        origin(group),
         "",
     ]
     return lines
