@@ -209,17 +209,30 @@ void nonzero_take(uintptr_t dense, int64_t stride, int64_t step, int dtype, int6
                               ptr<int64_t>(offsets), capacity, ptr<void>(values), ptr<int32_t>(indices), threads});
 }
 
+// The last tuple is what only some modes have, in the order of the struct: addresses, the kinds of moments, and so on.
+using AdamModes = std::tuple<int, int, uintptr_t, int64_t, uintptr_t, bool, uint64_t, int64_t>;
+
 void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t grad, uintptr_t rows, int dtype,
                int64_t m, int64_t d, int64_t u, double decay, double l2, double one_minus_beta1, double beta2,
                double one_minus_beta2, double step_size, double root_correction2, double eps, bool masked, bool project,
-               bool renormalise, int threads) {
+               bool renormalise, int threads, const AdamModes& modes) {
   const auto f = [](double a) { return static_cast<float>(a); };
+  const auto [avg_type, avg_sq_type, last_step, step, master, stochastic, key, first_row] = modes;
   const py::gil_scoped_release release;
   check_rows(ptr<int64_t>(rows), u, m);
-  cpu::active().adam_rows({ptr<void>(param), ptr<float>(exp_avg), ptr<float>(exp_avg_sq), ptr<void>(grad),
+  cpu::active().adam_rows({ptr<void>(param), ptr<void>(exp_avg), ptr<void>(exp_avg_sq), ptr<void>(grad),
                            ptr<int64_t>(rows), static_cast<DType>(dtype), m, d, u, f(decay), f(l2), f(one_minus_beta1),
                            f(beta2), f(one_minus_beta2), f(step_size), f(root_correction2), f(eps), masked, project,
-                           renormalise, threads});
+                           renormalise, threads, static_cast<Moments>(avg_type), static_cast<Moments>(avg_sq_type),
+                           ptr<int32_t>(last_step), step, beta2, ptr<float>(master), stochastic, key, first_row});
+}
+
+void adam_rows_plain(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t grad, uintptr_t rows, int dtype,
+               int64_t m, int64_t d, int64_t u, double decay, double l2, double one_minus_beta1, double beta2,
+               double one_minus_beta2, double step_size, double root_correction2, double eps, bool masked, bool project,
+               bool renormalise, int threads) {
+  adam_rows(param, exp_avg, exp_avg_sq, grad, rows, dtype, m, d, u, decay, l2, one_minus_beta1, beta2, one_minus_beta2,
+            step_size, root_correction2, eps, masked, project, renormalise, threads, {0, 0, 0, 0, 0, false, 0, 0});
 }
 
 }  // namespace
@@ -256,6 +269,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("nonzero_mask", &nonzero_mask);
   m.def("nonzero_take", &nonzero_take);
   m.def("adam_rows", &adam_rows);
+  m.def("adam_rows", &adam_rows_plain);
   m.def("fma_burst", [](int64_t iterations, int threads) {
     const py::gil_scoped_release release;
     return cpu::active().fma_burst(iterations, threads);

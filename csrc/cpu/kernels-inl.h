@@ -28,6 +28,7 @@ namespace {
 #include "cpu/decode_loss-inl.h"
 #include "cpu/latent_pass-inl.h"
 #include "cpu/nonzero-inl.h"
+#include "cpu/moments-inl.h"
 #include "cpu/adam_rows-inl.h"
 #include "cpu/fma_burst-inl.h"
 }  // namespace

@@ -72,7 +72,8 @@ def define(schema: str, fake: Callable[..., Any], rows: tuple[str, ...] = ()) ->
         off = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
         with off:
             result = chosen(*args, **kwargs)
-        torch.autograd.graph.increment_version([args[i] for i in written])
+        # Optional tensors may be None; at the end of a call torch leaves them out.
+        torch.autograd.graph.increment_version([args[i] for i in written if i < len(args) and args[i] is not None])
         return result
 
     torch.library.impl(_lib, name, "CompositeExplicitAutograd")(run)

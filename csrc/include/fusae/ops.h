@@ -216,10 +216,13 @@ struct NonzeroTakeArgs {
   int32_t threads;
 };
 
+// How a row of moments is stored: floats, or d 8-bit codes and an exponent for every 256 of them.
+enum class Moments : int32_t { f32 = 0, bf16 = 1, codes = 2 };
+
 struct AdamRowsArgs {
-  void* param;  // [m, d]
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* param;       // [m, d]
+  void* exp_avg;     // [m, d], or null: beta1 is 0
+  void* exp_avg_sq;  // [m, d]
   const void* grad;     // [m, d] or [u, d]
   const int64_t* rows;  // [u] ascending, or null
   DType dtype;          // of param, grad
@@ -233,6 +236,15 @@ struct AdamRowsArgs {
   float eps;
   bool masked, project, renormalise;
   int32_t threads;
+  // What only some modes have.
+  Moments avg_type, avg_sq_type;
+  int32_t* last_step;  // [m] or null. Lazy: step in which a row last had a gradient; only rows with one are visited
+  int64_t step;
+  double beta2_exact;
+  float* master;       // [m, d] or null: what is updated, of which param is a rounded copy
+  bool stochastic;     // param (bf16, no master) is rounded stochastically
+  uint64_t key;        // of the random bits: seed and step
+  int64_t first_row;   // of the whole matrix, where this is a part of it
 };
 
 namespace cpu {

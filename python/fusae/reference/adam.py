@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import moments
 from .sums import accumulator
 
 
@@ -34,18 +35,26 @@ def adam_rows_(
     masked: bool,
     project: bool,
     renormalise: bool,
+    last_step: Tensor | None = None,
+    master: Tensor | None = None,
+    seed: int | None = None,
+    first_row: int = 0,
 ) -> None:
     """One Adam step of the rows of `param` ``[m, d]`` in place. See `fusae.adam_rows_` for the formula."""
     acc = accumulator(param.dtype)
+    m, d = param.shape
+    lazy = last_step is not None
     if rows is not None:
-        _check_rows(rows, param.shape[0])
-    touched = slice(None) if rows is None or not masked else rows
-    if rows is None or masked:
+        _check_rows(rows, m)
+    touched = rows if rows is not None and (masked or lazy) else slice(None)
+    if rows is None or masked or lazy:
         g = grad.to(acc)
     else:
         g = torch.zeros(param.shape, dtype=acc, device=param.device)
         g[rows] = grad.to(acc)
-    w, mean, square = param[touched].to(acc), exp_avg[touched].to(acc), exp_avg_sq[touched].to(acc)
+    weight = param if master is None else master
+    w, square = weight[touched].to(acc), moments.read(exp_avg_sq[touched], d, signed=False)
+    mean = moments.read(exp_avg[touched], d, signed=True) if exp_avg.numel() else torch.zeros_like(g)
     if project:
         length2 = (w * w).sum(-1, keepdim=True)
         g = g - torch.where(length2 > 0, (g * w).sum(-1, keepdim=True) / length2, 0.0) * w
@@ -54,8 +63,13 @@ def adam_rows_(
             w = w * (1 - lr * weight_decay)
         else:
             g = g + weight_decay * w
+    keep = beta2
+    if lazy:  # with the decay of the steps without a gradient, which was put off
+        missed = (step - last_step[touched]).to(torch.float64)
+        keep = (beta2**missed).to(acc)[:, None]
+        last_step[touched] = step
     mean = mean + (g - mean) * (1 - beta1)
-    square = beta2 * square + (1 - beta2) * g * g
+    square = keep * square + (1 - beta2) * g * g
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     # SparseAdam adds eps before the bias correction of the second moment, Adam after it.
     eps = eps / correction2**0.5 if masked else eps
@@ -63,6 +77,13 @@ def adam_rows_(
     if renormalise:
         length = w.norm(dim=-1, keepdim=True)
         w = torch.where(length > 0, w / length, w)
-    param[touched] = w.to(param.dtype)
-    exp_avg[touched] = mean.to(exp_avg.dtype)
-    exp_avg_sq[touched] = square.to(exp_avg_sq.dtype)
+    lots = (None, None, None)
+    if seed is not None:
+        lots = moments.random_bits(seed, step, torch.arange(m, device=param.device)[touched] + first_row, d)
+    if master is not None:
+        master[touched] = w
+    stochastic = seed is not None and master is None and param.dtype == torch.bfloat16
+    param[touched] = moments.to_bfloat16(w, lots[2]) if stochastic else w.to(param.dtype)
+    if exp_avg.numel():
+        exp_avg[touched] = moments.write(mean, exp_avg.dtype, lots[0], signed=True)
+    exp_avg_sq[touched] = moments.write(square, exp_avg_sq.dtype, lots[1], signed=False)
