@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-
 PART = 2**20  # elements: small enough to stay near a core from one pass to the next, large enough for two threads
 
 

@@ -81,6 +81,9 @@ class _LazyOutput(EncoderOutput):
     def __reduce__(self):
         return EncoderOutput, tuple(self)
 
+    def _replace(self, **fields):
+        return EncoderOutput(*self)._replace(**fields)
+
 
 def _versions(*tensors: Tensor | None) -> list[int | None]:
     return [None if t is None or t.is_inference() else t._version for t in tensors]
@@ -252,5 +255,3 @@ ADAPTERS: tuple[Adapter, ...] = (
     ),
     Adapter(ScheduleFreeWrapper, FastSignum, ("step",), _why_not_signum),
 )
-
-
