@@ -136,14 +136,9 @@ def _as_inference(parts: Parts, inner: float, outer: float, thresholds: bool) ->
     """
     if inner == outer == 1:
         return parts
-    weights = parts.weights
-    weights["b_enc"] = weights["b_enc"] / inner
-    weights["b_dec"] = weights["b_dec"] / outer
-    if inner != outer:
-        weights["W_dec"] = weights["W_dec"] * (inner / outer)
-    if thresholds:
-        weights["threshold"] = weights["threshold"] / (outer if parts.fields["select_by_norm"] else inner)
-    return parts
+    by = {"b_enc": 1 / inner, "b_dec": 1 / outer, "W_dec": inner / outer}
+    unit = outer if parts.fields["select_by_norm"] else inner
+    return parts.times(by | ({"threshold": 1 / unit} if thresholds else {}))
 
 
 def _open(path: Path) -> Tensors:

@@ -30,6 +30,7 @@ class Parts:
         metadata: what is known beside it: ``coder.metadata``.
         dtype: that the tool itself casts to; None: that of the weights.
         transcoder: whether the output is of another place than the input.
+        factors: of weights, by name.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Parts:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     dtype: torch.dtype | None = None
     transcoder: bool = False
+    factors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def scale(self, inner: float, outer: float | None = None) -> Parts:
         """Of a dictionary for rows times `inner` (its output divided by `outer`) the same one for plain rows.
@@ -48,14 +50,12 @@ class Parts:
         outer = inner if outer is None else outer
         if inner == outer == 1:
             return self
-        weights = self.weights
-        weights["W_enc"] = weights["W_enc"] * inner
-        weights["W_dec"] = weights["W_dec"] / outer
-        weights["b_dec"] = weights["b_dec"] / outer
-        if self.fields.get("select_by_norm") and "threshold" in weights:
-            weights["threshold"] = weights["threshold"] / outer
-        if "W_skip" in weights:
-            weights["W_skip"] = weights["W_skip"] * (inner / outer)
+        by = {"W_enc": inner, "W_dec": 1 / outer, "b_dec": 1 / outer, "W_skip": inner / outer}
+        return self.times(by | ({"threshold": 1 / outer} if self.fields.get("select_by_norm") else {}))
+
+    def times(self, factors: dict[str, float]) -> Parts:
+        """With these weights multiplied, when the coder is made: in its dtype, or in float32 where that has 16 bits."""
+        self.factors = {name: factor for name, factor in factors.items() if name in self.weights and factor != 1}
         return self
 
     def coder(self, dtype: torch.dtype | None, device: torch.device | str | None) -> SparseCoder:
@@ -66,6 +66,9 @@ class Parts:
         out = weights["W_dec"].shape[1]
         fields = {"k": 1, **self.fields, "d": d, "m": m, "dtype": DTYPE_NAMES[dtype]}
         fields |= {"d_out": out} if self.transcoder or out != d else {}
+        for name, factor in self.factors.items():
+            wide = torch.promote_types(torch.promote_types(weights[name].dtype, dtype), torch.float32)
+            weights[name] = weights[name].to(wide) * factor
         if fields["select"] in ("threshold", "batch_topk"):
             weights["threshold"] = weights["threshold"].clamp(min=0)  # the same behind a ReLU, which all of them have
         try:
