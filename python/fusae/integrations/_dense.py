@@ -19,10 +19,41 @@ def transformed() -> bool:
 
 
 def hooked(module: torch.nn.Module) -> bool:
-    """Whether somebody watches or edits what passes through a hook point."""
+    """Whether somebody watches or edits what passes through a hook point, or through every module."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch.nn.modules.module._has_any_global_hook()
     )
+
+
+class _DenseOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, place: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(place)
+        return values.new_zeros(size).index_copy_(0, place, values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad[place], None, None
+
+
+def dense_of(codes: SparseCodes, batch: torch.Size) -> Tensor:
+    """``codes.to_dense()`` with the leading shape `batch`, in one pass over the result; differentiable."""
+    n = batch.numel()
+    indices = codes.indices.flatten().long()
+    if codes.offsets is None:
+        values = codes.values.flatten()
+        place = torch.arange(n, device=indices.device)[:, None].mul(codes.m).expand(n, codes.values.shape[-1])
+        place = place.reshape(-1) + indices
+    else:
+        used = codes._used()
+        values, rows = codes.values[:used], torch.arange(n, device=indices.device) * codes.m
+        place = torch.repeat_interleave(rows, codes.offsets.diff(), output_size=used) + indices[:used]
+    return _DenseOf.apply(values, place, n * codes.m).reshape(*batch, codes.m)
 
 
 class _DecodeDense(torch.autograd.Function):
