@@ -60,9 +60,10 @@ def adam_rows_(
 
     Args:
         param: ``[m, d]`` parameter, contiguous; float32, bfloat16, float16 or float64.
-        exp_avg, exp_avg_sq: ``[m, d]`` moments, contiguous; float32 (float64 for a float64 parameter), or in fewer bits:
-            bfloat16, or uint8 ``[m, d + ceil(d / 256)]``, a row of which holds a code for every element and then an
-            exponent for every 256 of them. All 0 at the start. `exp_avg` may be empty (``[0]``) where ``betas[0]`` is 0.
+        exp_avg, exp_avg_sq: ``[m, d]`` moments, contiguous, all 0 at the start; float32 (float64 for a float64
+            parameter), or in fewer bits: bfloat16, or uint8 ``[m, d + ceil(d / 256)]``, a row of which holds a code for
+            every element and then an exponent for every 256 of them. `exp_avg` may be empty (``[0]``) where
+            ``betas[0]`` is 0.
         grad: ``[m, d]`` dense, or a ``torch.sparse_coo`` tensor over rows (coalesced first if it is not). Rows outside
             ``[0, m)``, or unordered ones under the mark of a coalesced gradient, raise an IndexError.
         lr, betas, eps, weight_decay: as in ``torch.optim.Adam``.
@@ -194,6 +195,6 @@ def _check_seed(seed: int | None, first_row: int, param: Tensor, master: Tensor 
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed must be an int in [0, 2**63), got {seed!r}")
         if param.dtype == torch.float16 and master is None:
-            raise TypeError("seed: a float16 parameter is not rounded stochastically; give it a master, or use bfloat16")
+            raise TypeError("seed: a float16 parameter is rounded to nearest alone; give it a master, or take bfloat16")
     if isinstance(first_row, bool) or not isinstance(first_row, int) or first_row < 0:
         raise ValueError(f"first_row must be an int >= 0, got {first_row!r}")

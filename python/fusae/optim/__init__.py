@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimisers for matrices of latent rows."""
 
-from .adam import Adam
+from .adam import MOMENTS, Adam, state_layout
 
-__all__ = ["Adam"]
+__all__ = ["MOMENTS", "Adam", "state_layout"]

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from .. import _checks, _fields
 from ..ops import adam_rows_
+from ..ops.adam_rows import moment_width
 
-_FLAGS = ("decoupled", "masked", "project", "renormalise")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_FLAGS = ("decoupled", "masked", "project", "renormalise", "lazy", "master")
+# What states from before these options were there mean.
+_BEFORE = {"lazy": False, "moments": "float32", "master": False, "seed": None}
+MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": torch.uint8}
 # Rows looked at together in the gradient norm: bounds its scratch memory.
 _CHUNK = 4096
 
@@ -30,10 +33,20 @@ class Adam(torch.optim.Optimizer):
             moments. Without it a sparse gradient is zero elsewhere, and the step equals dense Adam's to rounding.
         project: remove from every row's gradient its component along the row (decoder rows of fixed norm).
         renormalise: scale every updated row to unit length after the step.
+        lazy: leave rows without an entry in the sparse gradient alone, exactly: ``betas[0]`` must be 0 (such a row does
+            not move then; the decay of its second moment is made up for when it next has an entry), and no weight
+            decay. Equals dense Adam to rounding, and needs no first moment; with `renormalise` where rows have unit
+            length from the start.
+        moments: of matrices: 'float32', 'bfloat16' or '8bit' (see `fusae.adam_rows_`), the latter two rounded
+            stochastically.
+        master: keep a float32 copy of a 16-bit parameter, which is what the steps add up in.
+        seed: of stochastic rounding. Without a master, bfloat16 parameters are rounded so as well where it is given.
         backend: run on this backend or raise (default: the first that can).
 
     Every option may differ from group to group. Vectors go through the same formula; they are never masked, projected
-    or renormalised. The moments are float32 (float64 for a float64 parameter) whatever the dtype of the parameter.
+    or renormalised, their moments are float32. The moments are float32 (float64 for a float64 parameter) whatever the
+    dtype of the parameter, but as `moments` says. Random bits are a function of seed, parameter (its place among all),
+    step, row and column: the same for any number of threads, and after a restart.
 
     Raises:
         ValueError, TypeError: an option or a parameter that cannot work, naming it, on construction.
@@ -54,11 +67,16 @@ class Adam(torch.optim.Optimizer):
         masked: bool = False,
         project: bool = False,
         renormalise: bool = False,
+        lazy: bool = False,
+        moments: str = "float32",
+        master: bool = False,
+        seed: int | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decoupled": decoupled,
-            "masked": masked, "project": project, "renormalise": renormalise, "backend": backend,
+            "masked": masked, "project": project, "renormalise": renormalise, "lazy": lazy, "moments": moments,
+            "master": master, "seed": seed, "backend": backend,
         }  # fmt: skip
         # Checked here too: a bad default must not hide behind groups that each override it.
         _check_options(defaults)
@@ -75,7 +93,7 @@ class Adam(torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
-                _check_param(param)
+                _check_param(param, self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -87,41 +105,59 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        number = 0
         for group in self.param_groups:
             options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "decoupled", "backend")}
             for param in group["params"]:
+                number += 1
                 if param.grad is None:
                     continue
                 state = self.state_of(param)
                 # Counted only when the update went through: a raised step leaves the state as it was.
                 options["step"] = state["step"] + 1
+                options["seed"] = None if group["seed"] is None else group["seed"] + number
+                none = param.new_empty(0, dtype=state["exp_avg_sq"].dtype)
+                held = [state.get("exp_avg", none), state["exp_avg_sq"], state.get("master")]
                 if param.ndim == 2:
                     flags = {name: group[name] for name in ("masked", "project", "renormalise")}
-                    adam_rows_(param, state["exp_avg"], state["exp_avg_sq"], param.grad, **options, **flags)
+                    adam_rows_(
+                        param, *held[:2], param.grad, last_step=state.get("last_step"), master=held[2], **options,
+                        **flags,
+                    )  # fmt: skip
                 else:
                     grad = param.grad.to_dense() if param.grad.layout == torch.sparse_coo else param.grad
-                    row = [t.view(1, -1) for t in (param, state["exp_avg"], state["exp_avg_sq"])]
-                    adam_rows_(*row, grad.reshape(1, -1), **options)
+                    row = [None if t is None else t.view(1, -1) for t in (param, *held)]
+                    adam_rows_(*row[:3], grad.reshape(1, -1), master=row[3], **options)
                 state["step"] += 1
         return loss
 
     def state_of(self, param: Tensor) -> dict[str, Any]:
-        """``step``, ``exp_avg`` and ``exp_avg_sq`` of a parameter; made, all 0, where it has none yet."""
+        """``step`` and the tensors of a parameter's state; made where it has none yet: all 0, `master` its copy."""
         state = self.state[param]
         if not state:
-            dtype = _checks.accumulator(param.dtype)
             state["step"] = 0
-            for name in _MOMENTS:
-                state[name] = torch.zeros(param.shape, dtype=dtype, device=param.device)
+            for name, (shape, dtype) in self._layout(param).items():
+                state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+            if "master" in state:
+                state["master"].copy_(param.detach())
         return state
+
+    def _layout(self, param: Tensor) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Shape and dtype of what is kept for a parameter."""
+        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
+        return state_layout(list(param.shape), param.dtype, group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a `state_dict()`. The moments keep their precision (torch would cast them to the parameter's dtype).
 
+        States of versions before `lazy`, `moments`, `master` and `seed` load as without them.
+
         Raises:
             ValueError, TypeError: it is of another optimiser, of other groups or of other shapes; nothing has changed.
         """
-        for i, group in enumerate(state_dict["param_groups"]):
+        groups = [{**_BEFORE, **group} if "masked" in group else group for group in state_dict["param_groups"]]
+        state_dict = {**state_dict, "param_groups": groups}
+        for i, group in enumerate(groups):
             if absent := [name for name in self.defaults if name not in group]:
                 raise ValueError(
                     f"state_dict: group {i} lacks {', '.join(absent)}; it is not of a fusae.optim.Adam, and no other "
@@ -132,13 +168,16 @@ class Adam(torch.optim.Optimizer):
         order = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
         pairs = [(i, param) for i, param in zip(order, params, strict=False) if i in saved]  # lengths: torch checks
-        for index, param in pairs:
-            _check_state(index, saved[index], param)
+        groups = {id(p): g for ours, g in zip(self.param_groups, state_dict["param_groups"], strict=False)
+                  for p in ours["params"]}  # fmt: skip
+        layouts = [state_layout(list(param.shape), param.dtype, groups[id(param)]) for _, param in pairs]
+        for (index, _), layout in zip(pairs, layouts, strict=True):
+            _check_state(index, saved[index], layout)
         super().load_state_dict(state_dict)
-        for index, param in pairs:
-            dtype = _checks.accumulator(param.dtype)
-            moments = {name: saved[index][name].to(param.device, dtype, copy=True) for name in _MOMENTS}
-            self.state[param] = {"step": int(saved[index]["step"]), **moments}
+        for (index, param), layout in zip(pairs, layouts, strict=True):
+            kept = {name: saved[index][name].to(param.device, copy=True) for name in layout}
+            kept = {name: value.to(layout[name][1]) for name, value in kept.items()}
+            self.state[param] = {"step": int(saved[index]["step"]), **kept}
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -198,22 +237,59 @@ def _check_options(group: dict[str, Any]) -> None:
         _fields.number(f"betas[{i}]", beta, 0.0, 1.0)
     for name in _FLAGS:
         _fields.flag(name, group[name])
+    _fields.choice("moments", group["moments"], tuple(MOMENTS))
+    if group["seed"] is not None:
+        _fields.whole("seed", group["seed"], 0, 2**62)
+    elif group["moments"] != "float32":
+        raise ValueError(f"seed must be given with moments {group['moments']!r}, which are rounded stochastically")
+    if group["lazy"]:
+        if group["masked"]:
+            raise ValueError("masked must be False with lazy=True: lazy steps are dense Adam's, masked ones are not")
+        if betas[0]:
+            raise ValueError(
+                f"betas[0] must be 0 with lazy=True, got {betas[0]}: with momentum a row moves on without a gradient; "
+                "use betas=(0, ...), or masked=True"
+            )
+        if group["weight_decay"]:
+            raise ValueError(
+                f"weight_decay must be 0 with lazy=True, got {group['weight_decay']}: it moves rows without a gradient"
+            )
     if group["masked"] and group["weight_decay"]:
         raise ValueError(f"weight_decay must be 0 with masked=True (SparseAdam has none), got {group['weight_decay']}")
 
 
-def _check_state(index: int, state: dict[str, Any], param: Tensor) -> None:
-    if absent := [name for name in ("step", *_MOMENTS) if name not in state]:
+def state_layout(
+    shape: list[int], dtype: torch.dtype, options: dict[str, Any]
+) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and dtype of every tensor that `Adam` keeps for a parameter in a group of these `options`."""
+    wide, kind = _checks.accumulator(dtype), MOMENTS[options["moments"]]
+    matrix = len(shape) == 2
+    if matrix and kind != torch.float32:
+        moment = ([shape[0], moment_width(shape[1], kind)], kind)
+    else:
+        moment = (shape, wide)
+    lazy = options["lazy"] and matrix
+    layout = {"exp_avg_sq": moment} if lazy else {"exp_avg": moment, "exp_avg_sq": moment}
+    if lazy:
+        layout["last_step"] = (shape[:1], torch.int32)
+    if options["master"] and dtype in (torch.bfloat16, torch.float16):
+        layout["master"] = (shape, torch.float32)
+    return layout
+
+
+def _check_state(index: int, state: dict[str, Any], layout: dict[str, tuple[list[int], torch.dtype]]) -> None:
+    if absent := [name for name in ("step", *layout) if name not in state]:
         raise ValueError(f"state_dict: parameter {index} lacks {', '.join(absent)}")
-    for name in _MOMENTS:
-        if state[name].shape != param.shape:
+    for name, (shape, dtype) in layout.items():
+        if list(state[name].shape) != shape:
             raise ValueError(
-                f"state_dict: {name} of parameter {index} must have shape {list(param.shape)}, "
-                f"got {list(state[name].shape)}"
+                f"state_dict: {name} of parameter {index} must have shape {shape}, got {list(state[name].shape)}"
             )
+        if dtype in (torch.uint8, torch.int32) and state[name].dtype != dtype:
+            raise TypeError(f"state_dict: {name} of parameter {index} must be {dtype}, got {state[name].dtype}")
 
 
-def _check_param(param: Tensor) -> None:
+def _check_param(param: Tensor, group: dict[str, Any]) -> None:
     if param.ndim not in (1, 2) or not param.is_contiguous():
         raise ValueError(
             f"params must be contiguous [m, d] matrices (row = latent) or vectors, got shape {list(param.shape)}, "
@@ -221,3 +297,7 @@ def _check_param(param: Tensor) -> None:
         )
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {param.dtype}")
+    if param.dtype == torch.float64 and group["moments"] != "float32":
+        raise TypeError(f"moments must be 'float32' (float64, then) for a float64 parameter, got {group['moments']!r}")
+    if param.dtype == torch.float16 and group["seed"] is not None and not group["master"]:
+        raise TypeError("a float16 parameter is rounded to nearest alone: set master=True, or take bfloat16")

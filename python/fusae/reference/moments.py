@@ -78,8 +78,8 @@ def read(stored: Tensor, d: int, signed: bool) -> Tensor:
 
 
 def write(a: Tensor, like: torch.dtype, bits: Tensor | None, signed: bool) -> Tensor:
-    """Moments ``[u, d]`` as they are stored in the dtype `like`; 8 bits: a code for every element, then a byte for every
-    block of 256, its exponent."""
+    """Moments ``[u, d]`` as they are stored in the dtype `like`; 8 bits: a code for every element, then a byte for
+    every block of 256, its exponent."""
     if like == torch.bfloat16:
         return to_bfloat16(a, bits)
     if like != torch.uint8:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import _fields
+from .files import read_settings
 from .forms import ARCHITECTURES, FORMS, PENALTIES, UNBOUNDED, check_form, form_defaults, widths_of
+from .optimiser import MOMENTS, check_optimiser
 from .presets import fields_of
 
 
@@ -65,7 +67,18 @@ class TrainConfig:
     )
     clip_norm: float | None = _field(None, "largest joint norm of all gradients; default: no clipping")
     optimizer: str = _field(
-        "dense", "'dense': Adam, exactly; 'masked': a step changes only latents that fired in it (as SparseAdam)"
+        "dense",
+        "'dense': Adam, exactly; 'lazy': the same at the cost of the latents that fired, for beta1 = 0; 'masked': a "
+        "step changes only latents that fired in it (as SparseAdam)",
+    )
+    moments: str = _field(
+        "float32",
+        "Adam's moments of encoder and decoder: 'float32', 'bfloat16' or '8bit', the latter two rounded stochastically",
+    )
+    weights: str = _field(
+        "float32",
+        "encoder and decoder, with dtype 'bfloat16': 'float32', 'bfloat16' (rounded stochastically) or "
+        "'bfloat16_master' (with a float32 copy in which the steps add up)",
     )
     unit_decoder: bool = _field(
         True, "keep decoder rows at unit norm (gradient projected, rows renormalised each step)"
@@ -192,13 +205,16 @@ class TrainConfig:
         _fields.choice("form", self.form, tuple(FORMS))
         _fields.choice("architecture", self.architecture, ARCHITECTURES)
         _fields.choice("penalty", self.penalty, PENALTIES)
-        _fields.choice("optimizer", self.optimizer, ("dense", "masked"))
+        _fields.choice("optimizer", self.optimizer, ("dense", "lazy", "masked"))
+        _fields.choice("moments", self.moments, tuple(MOMENTS))
+        _fields.choice("weights", self.weights, ("float32", "bfloat16", "bfloat16_master"))
         _fields.choice("nonfinite", self.nonfinite, ("stop", "drop"))
         _fields.choice("b_dec_init", self.b_dec_init, ("geometric_median", "mean", "zero"))
         _fields.choice("dtype", self.dtype, ("float32", "float64", "bfloat16"))
         if not isinstance(self.device, str):
             raise TypeError(f"device must be a string, got {type(self.device).__name__}")
         check_form(self)
+        check_optimiser(self)
 
     def resolve(self, d: int, tokens_per_epoch: int | None, sites: tuple[int, ...] | None = None) -> TrainConfig:
         """The same choices with every default that depends on the data filled in.
@@ -368,28 +384,3 @@ def _as_written(name: str, value: Any) -> Any:
     if name in ("sites", "prefixes") and isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
     return float(value) if name in _FLOATS and isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The top-level table of a ``.toml`` or ``.json`` file."""
-    path = Path(path)
-    if path.suffix not in (".toml", ".json"):
-        raise ValueError(f"{path}: a configuration file must end in .toml or .json")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = json.loads(text) if path.suffix == ".json" else _toml().loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: must hold a table of fields, got {type(values).__name__}")
-    return values
-
-
-def _toml() -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    return tomllib

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ..nn import CrossLayerTranscoder, Moment, SparseCoder
+from ..nn import Moment
 from ..nn.objectives.nested import nested_terms
-from ..optim import Adam
 from .config import TrainConfig
 from .feed import Feed
-from .forms import new_coder, objective, prefixes_of
+from .forms import objective, prefixes_of
+from .optimiser import new_optimizer, new_training_coder
 
 
 def open_batches(config: TrainConfig, source: Any) -> tuple[Any, TrainConfig]:
@@ -59,7 +59,7 @@ def try_ops(config: TrainConfig, device: torch.device) -> list[str]:
 
     Returns the names of the further terms of the loss."""
     m = -(-max(config.k, config.k_aux) // config.k) * config.k  # whole groups, for a group_max
-    coder = new_coder(config, m, device=device, sparse_grad=True)
+    coder = new_training_coder(config, m, device=device)
     asks = config.k_aux or config.preact_coefficient
     dead = torch.ones(config.layers * m, dtype=torch.bool, device=device) if asks else None
     x, target = (coder.b_dec.new_ones(2, width) for width in (config.input_width, coder.b_dec.numel()))
@@ -70,18 +70,6 @@ def try_ops(config: TrainConfig, device: torch.device) -> list[str]:
     if config.form == "matryoshka":  # named by its prefixes, which were cut to the few latents here
         return list(nested_terms(prefixes_of(config), torch.zeros(len(prefixes_of(config)))))
     return list(result.terms)
-
-
-def new_optimizer(coder: SparseCoder | CrossLayerTranscoder, config: TrainConfig) -> Adam:
-    masked, unit = config.optimizer == "masked", config.unit_decoder
-    named = list(coder.named_parameters())
-    groups = [
-        {"params": [p for name, p in named if name.endswith("W_enc")], "masked": masked},
-        {"params": [p for name, p in named if name.endswith("W_dec")], "masked": masked, "project": unit,
-         "renormalise": unit},
-        {"params": [p for name, p in named if not name.endswith(("W_enc", "W_dec"))]},
-    ]  # fmt: skip
-    return Adam(groups, config.lr, (config.beta1, config.beta2), config.eps)
 
 
 def device_of(name: str) -> torch.device:

@@ -22,14 +22,15 @@ from . import checkpoint
 from .average import WeightAverage
 from .config import TrainConfig
 from .feed import Feed
-from .forms import new_coder, objective
+from .forms import objective
 from .interrupt import interruptible
 from .measure import Scaling, measure
 from .metrics import Interval, MetricsLog, check_tensorboard
+from .optimiser import new_optimizer, new_training_coder
 from .progress import TrainingDisplay
 from .rows import open_data
 from .run_dir import CODER, locked, merge, prepare, start_files
-from .setup import autocast, device_of, new_feed, new_optimizer, open_batches, try_ops
+from .setup import autocast, device_of, new_feed, open_batches, try_ops
 
 
 class Trainer:
@@ -99,7 +100,7 @@ class Trainer:
         self.objective = objective(config)
         new = found is None
         seed = config.seed if new else None
-        self.coder = new_coder(config, seed=seed, device=self.device, sparse_grad=True)
+        self.coder = new_training_coder(config, seed=seed, device=self.device)
         self.optimizer = new_optimizer(self.coder, config)
         self.dead = DeadLatents(config.layers * config.m, config.dead_window, self.device)
         self.average = WeightAverage(self.coder, config.ema) if config.ema else None
@@ -346,4 +347,8 @@ class Trainer:
         coder = copy.deepcopy(self.coder, {id(named[name]): weight for name, weight in weights.items()})
         coder.sparse_grad = False
         coder.eval()
-        return self.scaling.fold_into(coder)
+        coder = self.scaling.fold_into(coder)
+        if self.config.weights != "float32":  # a coder is of one dtype
+            coder = coder.to(torch.bfloat16)
+            coder.config = dataclasses.replace(coder.config, dtype="bfloat16")
+        return coder
