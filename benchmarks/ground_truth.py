@@ -154,7 +154,7 @@ def compare(fields: dict[str, Any], data: dict[str, Any], seed: int) -> dict[str
     rows, truth = known_dictionary(data["rows"] + HELD_OUT, data["d"], data["m"], data["k"])
     rows, held_out = rows[: data["rows"]], rows[data["rows"] :]
     trainer = Trainer(TrainConfig(**{**SHARED, **fields, "seed": seed}), rows, show=False)
-    scaling = trainer.scaling
+    scaling, dtype = trainer.scaling, trainer.coder.b_dec.dtype
     plain = Plain(trainer.config, copy.deepcopy(trainer.coder), scaling.variance)
     steps = {
         "fusae": lambda x: float(trainer.train_step(x).loss.detach()),
@@ -162,7 +162,7 @@ def compare(fields: dict[str, Any], data: dict[str, Any], seed: int) -> dict[str
     }
     told: dict[str, dict[str, Any]] = {name: {"loss": {}, "seconds": 0.0} for name in steps}
     for i in range(1, trainer.config.steps + 1):
-        x = trainer.feed.next()
+        x = trainer.feed.next().to(dtype)
         for name, step in steps.items():
             start = time.process_time()
             loss = step(x)
@@ -170,7 +170,7 @@ def compare(fields: dict[str, Any], data: dict[str, Any], seed: int) -> dict[str
             if i in LOSSES_AT:
                 told[name]["loss"][str(i)] = loss
     for name, coder in (("fusae", trainer.coder), ("plain torch", plain.coder)):
-        told[name] |= measure(coder, scaling.apply(held_out), truth)
+        told[name] |= measure(coder, scaling.apply(held_out.to(dtype)), truth)
         told[name]["seconds"] = round(told[name]["seconds"], 2)
     return told
 
