@@ -109,6 +109,17 @@ def test_what_a_trainer_holds():
     assert type(fusae.restore(trainer).more["a"]) is Coder
 
 
+def test_a_class_makes_accelerated_objects_of_the_class():
+    Fast = fusae.accelerate(Coder, gradients="tool")
+    coder = Fast(width=4)
+    assert issubclass(Fast, Coder) and Fast.__name__ == "Coder" and not isinstance(coder, Fast)
+    assert coder(X)[0, 0] == 2001 and type(fusae.restore(coder)) is Coder
+    assert type(pickle.loads(pickle.dumps(Fast()))) is Coder
+    assert Coder()(X)[0, 0] == 1
+    with pytest.raises(SwapError, match="Linear is no dictionary or trainer of a supported tool"):
+        fusae.accelerate(nn.Linear)
+
+
 def test_a_users_subclass_keeps_its_methods():
     coder = fusae.accelerate(Scaled())
     assert coder(X)[0, 0] == 2002 and type(fusae.restore(coder)) is Scaled

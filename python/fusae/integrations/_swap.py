@@ -177,12 +177,13 @@ def accelerate(model: T, gradients: str = "correct") -> T:
     forward-mode derivatives, a hook on the dense pre-activations) runs the tool's own code.
 
     Args:
-        model: a dictionary, a ``torch.nn.Module`` that holds some at any depth, or a tool's trainer.
+        model: a dictionary, a ``torch.nn.Module`` that holds some at any depth, or a tool's trainer. Or a class of
+            those, for a tool that makes its objects itself (``{"trainer": fusae.accelerate(TopKTrainer)}``).
         gradients: 'correct': gradients are those of the loss that the tool states, which mends known defects of some
             tools' own (``fusae.explain(model)`` lists them); 'tool': those of the tool, defects included.
 
     Returns:
-        `model` itself.
+        `model` itself. For a class, a subclass of it that makes accelerated objects of the class.
 
     Raises:
         SwapError: there is nothing that could be accelerated.
@@ -191,6 +192,8 @@ def accelerate(model: T, gradients: str = "correct") -> T:
     """
     if gradients not in GRADIENTS:
         raise ValueError(f"gradients must be one of {', '.join(map(repr, GRADIENTS))}, got {gradients!r}")
+    if isinstance(model, type):
+        return _accelerating(model, gradients)
     found = [(part, *_judge(part)) for _, part in _parts(model)]
     if not any(adapter for _, adapter, _ in found):
         raise SwapError(f"model has nothing to accelerate: {describe(model)}")
@@ -200,6 +203,17 @@ def accelerate(model: T, gradients: str = "correct") -> T:
             part.__class__ = _swapped_class(type(part), adapter, gradients)
             adapter.prepare(part)
     return model
+
+
+def _accelerating(cls: type, gradients: str) -> type:
+    if not any(issubclass(cls, adapter.tool_class) for adapter in _adapters()):
+        raise SwapError(f"{cls.__name__} is no dictionary or trainer of a supported tool ({', '.join(TOOLS)})")
+
+    def make(_: type, *args: Any, **kwargs: Any) -> Any:
+        return accelerate(cls(*args, **kwargs), gradients)
+
+    body = {"__new__": make, "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (cls,), body)
 
 
 def restore(model: T) -> T:
