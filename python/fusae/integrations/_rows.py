@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools do to the rows of a decoder every step, in fewer passes over memory."""
+"""What tools do to the rows of a decoder every step, in fewer passes over memory; and where those rows lie."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,13 +26,39 @@ def row_dots(a: Tensor, b: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def remove_parallel_(grad: Tensor, W: Tensor, norms: Tensor | None = None) -> None:
+def remove_parallel_(grad: Tensor, W: Tensor, eps: float | None = None) -> None:
     """Take from every row of `grad` ``[m, d]`` its part along the row of `W` ``[m, d]``, in place.
 
-    Equivalent to: ``grad -= row_dots(grad, W / norms) * (W / norms)`` with `norms` ``[m, 1]`` (None: ones)
+    Equivalent to: ``grad -= row_dots(grad, U) * U``, where U is W, or with `eps` ``W / (W.norm(dim=1) + eps)``
     """
-    for g, w, norm in parts(grad, W, norms if norms is not None else W):
+    for g, w in parts(grad, W):
         along = row_dots(g, w)
-        if norms is not None:
-            along /= norm.square()
+        if eps is not None:
+            along /= torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(eps).square_()
         g.addcmul_(along, w, value=-1)
+
+
+@torch.no_grad()
+def normalise_(W: Tensor, eps: float) -> None:
+    """Scale the rows of `W` ``[m, d]`` in place. Equivalent to: ``W /= W.norm(dim=1, keepdim=True) + eps``"""
+    for (w,) in parts(W):
+        w.div_(torch.linalg.vector_norm(w, dim=1, keepdim=True).add_(eps))
+
+
+def latent_major_(param: torch.nn.Parameter, latents: int, others: Iterable[Tensor]) -> None:
+    """Lay the memory of a matrix out so that a latent (an index of dimension `latents`) is contiguous: the same
+    `Parameter`, shape and values. One whose memory somebody shares is left as it is."""
+    if param.ndim != 2 or (param if latents == 0 else param.T).is_contiguous():
+        return
+    storage = param.untyped_storage()
+    if storage.nbytes() != param.numel() * param.element_size():
+        return
+    if any(o is not param and o.untyped_storage().data_ptr() == storage.data_ptr() for o in others):
+        return
+    param.data = param.data.contiguous() if latents == 0 else param.data.T.contiguous().T
+
+
+def row_major_(param: torch.nn.Parameter) -> None:
+    """Undo `latent_major_`."""
+    if not param.is_contiguous():
+        param.data = param.data.contiguous()

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tools do to parameters at the end of a step, in fewer passes over memory; the same optimiser, its own state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def clip_grad_norm_(parameters: list[Tensor], max_norm: float) -> None:
+    """``torch.nn.utils.clip_grad_norm_`` that does not multiply by 1."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not all(g.device.type == "cpu" for g in grads):  # elsewhere the host does not wait for the norm
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        return
+    factor = max_norm / (float(torch.nn.utils.get_total_norm(grads)) + 1e-6)
+    if not factor >= 1:  # NaN too
+        torch._foreach_mul_(grads, factor)
+
+
+def _fusible(optimizer: torch.optim.Optimizer) -> bool:
+    plain = ("foreach", "fused", "capturable", "differentiable")
+    return type(optimizer) is torch.optim.Adam and all(
+        not any(group[name] for name in plain)
+        and all(p.device.type == "cpu" and p.is_floating_point() and not p.is_complex() for p in group["params"])
+        for group in optimizer.param_groups
+    )
+
+
+def _turned(optimizer: torch.optim.Adam) -> list[torch.nn.Parameter]:
+    """Matrices ``[d, m]`` whose memory is latent-major, after their gradient and moments were laid out alike."""
+    turned = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is None or p.grad.is_sparse:
+                continue
+            state = optimizer.state.get(p, {})
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
+                    state[key] = torch.empty_like(p).copy_(value)
+            if p.grad.stride() != p.stride():
+                p.grad = torch.empty_like(p).copy_(p.grad)
+            if p.ndim == 2 and not p.is_contiguous() and p.T.is_contiguous():
+                turned.append(p)
+    return turned
+
+
+def _turn(optimizer: torch.optim.Adam, p: torch.nn.Parameter) -> None:
+    """The parameter, its gradient and its moments as their transposes: views, so that memory is read in order."""
+    grad, p.grad = p.grad, None
+    shape = p.shape
+    p.data = p.data.T
+    p.grad = None if grad is None else grad.T
+    for key, value in optimizer.state.get(p, {}).items():
+        if isinstance(value, Tensor) and value.shape == shape:
+            optimizer.state[p][key] = value.T
+
+
+@contextlib.contextmanager
+def fused_adam(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """In the block, ``torch.optim.Adam`` on the CPU takes its step in one pass (torch's own `fused`), if it can.
+
+    State, hyperparameters, schedulers and checkpoints stay as they are.
+    """
+    if not _fusible(optimizer):
+        yield
+        return
+    with torch.no_grad():
+        turned = _turned(optimizer)
+        before = [group["fused"] for group in optimizer.param_groups]
+        try:
+            for group in optimizer.param_groups:
+                group["fused"] = True
+            for p in turned:
+                _turn(optimizer, p)
+            yield
+        finally:
+            for p in turned:
+                _turn(optimizer, p)
+            for group, fused in zip(optimizer.param_groups, before, strict=True):
+                group["fused"] = fused
