@@ -26,6 +26,13 @@ def fuses(x: Tensor, n: int) -> bool:
     return x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and n >= 32)
 
 
+def mostly_zero(f: Tensor) -> bool:
+    """Whether few enough of the activations ``[..., m]`` are non-zero for the sparse decoder, judged by some rows."""
+    rows = f.detach().reshape(-1, f.shape[-1])
+    some = rows[:: max(1, rows.shape[0] // 8)]
+    return int(some.count_nonzero()) * 16 <= some.numel()
+
+
 def by_blocks(x: Tensor, activations, m: int) -> SparseCodes:
     """Ragged codes of ``activations(rows)`` ``[rows, m]``, a function that makes dense ones, for a few rows at a time.
 

@@ -19,8 +19,19 @@ from torch import Tensor, nn
 from ..codes import SparseCodes
 from ..ops import codes_from_dense, decode, encode_threshold, encode_topk
 from ._attribution import FastContext, FastContextNNSight, FastModel
-from ._codes import ascending, by_blocks, from_coo, fuses, gather_scaled, spread, sum_rows, to_coo, wants_grad
-from ._dense import decode_dense, hooked, transformed
+from ._codes import (
+    ascending,
+    by_blocks,
+    from_coo,
+    fuses,
+    gather_scaled,
+    mostly_zero,
+    spread,
+    sum_rows,
+    to_coo,
+    wants_grad,
+)
+from ._dense import decode_dense, dense_of, hooked, transformed
 from ._swap import Adapter, Swapped
 
 JumpReLU = activation_functions.JumpReLU
@@ -93,7 +104,7 @@ class FastTranscoder(Swapped):
             return super().encode(input_acts, apply_activation_function)
         x = input_acts.to(W_enc.dtype).reshape(-1, W_enc.shape[1])
         codes = _codes(x, W_enc, self.b_enc, self.activation_function)
-        return codes.to_dense().reshape(*input_acts.shape[:-1], W_enc.shape[0])
+        return dense_of(codes, input_acts.shape[:-1])
 
     def _fusae_dense(self, x: Tensor) -> bool:
         """Whether dense activations come sooner from the fused encoder."""
@@ -107,7 +118,10 @@ class FastTranscoder(Swapped):
         return to_coo([codes], stacked=False), W_enc.index_select(0, codes.indices)
 
     def decode(self, acts: Tensor, input_acts: Tensor | None = None) -> Tensor:
-        if transformed() or acts.layout != torch.strided or acts.ndim == 0 or acts.dtype != self.dtype:
+        plain = (
+            acts.layout == torch.strided and acts.ndim > 0 and acts.dtype == self.dtype and acts.device.type != "meta"
+        )
+        if transformed() or not plain or not mostly_zero(acts):
             return super().decode(acts, input_acts)
         if self.lazy_decoder and not wants_grad(acts) and acts.numel():
             codes = codes_from_dense(acts.reshape(-1, acts.shape[-1]))
@@ -224,7 +238,7 @@ class FastCrossLayer(Swapped):
         if not apply_activation_function or not fuses(x, rows) or not self._fusae_serves(x):
             return super().encode_layer(x, layer_id, apply_activation_function)
         codes = self._fusae_codes(x.reshape(-1, self.d_model), layer_id, self._get_encoder_weights(layer_id))
-        return codes.to_dense().reshape(*x.shape[:-1], self.d_transcoder)
+        return dense_of(codes, x.shape[:-1])
 
     def _fusae_encode(self, x: Tensor, zero_positions: Any = None) -> tuple[list[SparseCodes], list[Tensor]]:
         """Codes of every layer and the encoder rows of their entries; without `zero_positions`, the codes alone."""
