@@ -20,6 +20,7 @@ def kth_key(keys, k):
     high = tl.max(keys, 1)
     low = tl.min(tl.where(keys == LOWEST, 0x7FFFFFFFFFFFFFFF, keys), 1)
     low = tl.maximum(tl.minimum(low, high), LOWEST + 1)
+    high = tl.maximum(low, high)
     found = tl.sum((keys >= low[:, None]).to(tl.int32), 1)
     wanted = tl.minimum(found, k)
     while tl.max(found - wanted, 0) > 0:  # at or above low: too many; above high: too few
