@@ -36,7 +36,7 @@ class Written:
 
 def rand(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     gen = torch.Generator().manual_seed(sum(shape) * 7 + seed)
-    return torch.randn(*shape, generator=gen) * scale
+    return torch.randn(shape, generator=gen) * scale
 
 
 def base(d: int = D, m: int = M, out: int | None = None, seed: int = 0) -> dict[str, Tensor]:

@@ -43,7 +43,8 @@ def found(path: Path) -> list[str]:
         return ["llama-scope"]
     if not (path / "config.json").is_file():
         return []
-    return ["llama-scope" if "encoder.weight" in open_tensors(file, "", "sae") else "llamascopium"]
+    names = open_tensors(file, "", "sae").names
+    return [kind for kind, name in (("llama-scope", "encoder.weight"), ("llamascopium", "W_E")) if name in names]
 
 
 def load_llama_scope(path: Path, input_scale: float | None = None, threshold_side: str | None = None) -> Parts:
