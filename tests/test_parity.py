@@ -15,8 +15,13 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from fusae.testing import losses
 from fusae.testing.known import known_dictionary
 
+RECIPES = (
+    *(f"dictionary_learning-{form}" for form in ("topk", "batch-topk", "matryoshka", "jumprelu", "relu", "gated")),
+    *(f"saelens-{form}" for form in ("topk", "batch-topk", "matryoshka", "jumprelu", "jumprelu-tanh")),
+)
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -51,10 +56,12 @@ def some_data(offset=3.0):
 class Plain:
     """A dense top-k coder under ``torch.optim.Adam``, with clipping to norm 1."""
 
+    clip, beta1 = True, 0.9
+
     def __init__(self, settings, start):
         self.s, self.done, self.dead = settings, 0, 0
         self.p = {name: weight.clone().requires_grad_() for name, weight in start.items()}
-        self.optimizer = torch.optim.Adam(self.p.values())
+        self.optimizer = torch.optim.Adam(self.p.values(), betas=(self.beta1, 0.999))
         self.unused = torch.zeros(settings.m, dtype=torch.int64)
 
     def pre(self, x):
@@ -70,11 +77,14 @@ class Plain:
         if self.unit:
             along = torch.nn.functional.normalize(W.detach(), dim=1)
             W.grad -= (W.grad * along).sum(1, keepdim=True) * along
-        torch.nn.utils.clip_grad_norm_(self.p.values(), 1.0)
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.p.values(), 1.0)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.optimizer.step()
         if self.unit:
             W.data = torch.nn.functional.normalize(W.data, dim=1)
+        if "threshold" in self.p:
+            self.p["threshold"].data.clamp_(min=0)
         self.done += 1
         return float(loss.detach())
 
@@ -90,15 +100,23 @@ class PlainDictionaryLearning(Plain):
     def lr(self):
         return self.s.lr * min(self.done / self.s.warmup_steps, self.fall)
 
+    def chosen(self, x):
+        """Codes, and which latents have fired."""
+        latents = self.pre(x).topk(self.s.k, 1).indices.unique()
+        return self.kept(self.pre(x).relu(), self.pre(x), self.s.k), latents
+
+    def loss(self, codes, x):
+        return (x - codes @ self.p["W_dec"] - self.p["b_dec"]).square().sum(1).mean()
+
     def step(self, x):
         s, positive = self.s, self.pre(x).relu()
-        codes = self.kept(positive, self.pre(x), s.k)
+        codes, fired = self.chosen(x)
         error = x - codes @ self.p["W_dec"] - self.p["b_dec"]
         self.unused += len(x)
-        self.unused[self.pre(x).topk(s.k, 1).indices.unique()] = 0
+        self.unused[fired] = 0
         dead = self.unused >= s.dead_steps * s.batch_size
         self.dead = int(dead.sum())
-        loss = error.square().sum(1).mean()
+        loss = self.loss(codes, x)
         if self.dead:
             residual = error.detach()
             scores = self.pre(x).masked_fill(~dead, -torch.inf)
@@ -106,6 +124,19 @@ class PlainDictionaryLearning(Plain):
             spread = (residual - residual.mean(0)).square().sum(1).mean()
             loss = loss + s.aux * (residual - second).square().sum(1).mean() / spread
         return self.update(loss)
+
+
+class PlainBatch(PlainDictionaryLearning):
+    def chosen(self, x):
+        positive = self.pre(x).relu()
+        codes = self.kept(positive.reshape(1, -1), positive.reshape(1, -1), self.s.k * len(x)).reshape(positive.shape)
+        return codes, (codes > 0).any(0).nonzero()[:, 0]
+
+
+class PlainMatryoshka(PlainBatch):
+    def loss(self, codes, x):
+        first = [codes * (torch.arange(self.s.m) < width) for width in self.s.prefixes]
+        return sum(super(PlainMatryoshka, self).loss(part, x) / 3 for part in first) / 3
 
 
 class PlainSAELens(Plain):
@@ -118,11 +149,11 @@ class PlainSAELens(Plain):
     def step(self, x):
         s, pre = self.s, self.pre(x)
         scores = pre * self.p["W_dec"].detach().norm(dim=1)
-        codes = self.kept(pre.relu(), scores, s.k)
+        codes = self.chosen(pre.relu(), scores)
         error = codes @ self.p["W_dec"] + self.p["b_dec"] - x
         dead = self.unused > s.dead_steps
         self.dead = int(dead.sum())
-        loss = error.square().sum(1).mean()
+        loss = error.square().sum(1).mean() + self.inner(codes, x)
         if self.dead:
             second = self.kept(pre, scores.masked_fill(~dead, -torch.inf), min(s.k_aux, self.dead))
             share = min(1.0, self.dead / s.k_aux)
@@ -131,12 +162,112 @@ class PlainSAELens(Plain):
         self.unused[(codes != 0).any(0)] = 0
         return self.update(loss)
 
+    def chosen(self, values, scores):
+        return self.kept(values, scores, self.s.k)
+
+    def inner(self, codes, x):
+        return 0.0
+
+
+class PlainSAELensBatch(PlainSAELens):
+    def chosen(self, values, scores):
+        flat = self.kept(values.reshape(1, -1), scores.reshape(1, -1), self.s.k * len(values))
+        return flat.reshape(values.shape)
+
+
+class PlainSAELensMatryoshka(PlainSAELensBatch):
+    def inner(self, codes, x):
+        first = [codes * (torch.arange(self.s.m) < width) for width in self.s.prefixes[:-1]]
+        return sum((x - part @ self.p["W_dec"] - self.p["b_dec"]).square().sum(1).mean() for part in first)
+
+
+class PlainSparsity(Plain):
+    """The recipes with a sparsity term; dictionary_learning's learning rates."""
+
+    unit = True
+
+    @property
+    def lr(self):
+        return self.s.lr * min(self.done / self.s.warmup_steps, self.fall)
+
+    def step(self, x):
+        codes, charge = self.coded(x)
+        error = x - codes @ self.p["W_dec"] - self.p["b_dec"]
+        share = min(1.0, self.done / self.s.warmup_steps)
+        return self.update(error.square().sum(1).mean() + share * self.s.sparsity * charge + self.beside(x))
+
+    def beside(self, x):
+        return 0.0
+
+
+class PlainReLU(PlainSparsity):
+    unit = False
+
+    def coded(self, x):
+        codes = self.pre(x).relu()
+        return codes, (codes * self.p["W_dec"].norm(dim=1)).sum(1).mean()
+
+
+class PlainGated(PlainSparsity):
+    clip, beta1 = False, 0.0
+
+    def coded(self, x):
+        gate, p = self.pre(x), self.p
+        codes = (gate > 0) * (p["r_mag"].exp() * (gate - p["b_enc"]) + p["b_mag"]).relu()
+        return codes, gate.relu().sum(1).mean()
+
+    def beside(self, x):
+        frozen = self.pre(x).relu() @ self.p["W_dec"].detach() + self.p["b_dec"].detach()
+        return (x - frozen).square().sum(1).mean()
+
+
+class PlainJumpReLU(PlainSparsity):
+    beta1 = 0.0
+
+    def coded(self, x):
+        p, threshold, window = x @ self.p["W_enc"].T + self.p["b_enc"], self.p["threshold"], self.s.bandwidth
+        codes = losses.Jump.apply(p, threshold, window, False)
+        l0 = losses.Step.apply(codes.detach(), threshold, window, False)  # of the codes, as the library does it
+        return codes, (l0.sum(1).mean() / self.s.k - 1).square()
+
+
+class PlainSAELensJumpReLU(PlainSparsity):
+    unit = False
+
+    @property
+    def lr(self):
+        return self.s.lr * min((self.done + 1) / self.s.warmup_steps, self.fall)
+
+    def coded(self, x):
+        p, threshold, window = self.pre(x), self.p["threshold"], self.s.bandwidth
+        return losses.Jump.apply(p, threshold, window, False), losses.Step.apply(p, threshold, window, False).sum(
+            1
+        ).mean()
+
+
+class PlainSAELensTanh(PlainSAELensJumpReLU):
+    def coded(self, x):
+        codes = losses.Jump.apply(self.pre(x), self.p["threshold"], self.s.bandwidth, True)
+        norms = self.p["W_dec"].norm(dim=1)
+        self.idle = self.unused > self.s.dead_steps
+        self.unused = torch.where((codes != 0).any(0), 0, self.unused + 1)
+        return codes, torch.tanh(4 * codes * norms).sum(1).mean()
+
+    def beside(self, x):
+        self.dead = int(self.idle.sum())
+        below = (self.p["threshold"] - self.pre(x)).relu() * self.p["W_dec"].norm(dim=1)
+        return self.s.aux * below[:, self.idle].sum(1).mean()
+
 
 @pytest.mark.parametrize(
     ("name", "plain", "changes"),
     [
         ("dictionary_learning-topk", PlainDictionaryLearning, {}),
+        ("dictionary_learning-batch-topk", PlainBatch, {}),
+        ("dictionary_learning-matryoshka", PlainMatryoshka, {}),
         ("saelens-topk", PlainSAELens, {"m": 32, "lr": 0.01, "dead_steps": 6}),
+        ("saelens-batch-topk", PlainSAELensBatch, {"m": 32, "lr": 0.01, "dead_steps": 6}),
+        ("saelens-matryoshka", PlainSAELensMatryoshka, {"m": 32, "lr": 0.01, "dead_steps": 6}),
     ],
 )
 def test_a_recipe_on_fusae_is_the_recipe(name, plain, changes):
@@ -159,16 +290,49 @@ def test_a_recipe_on_fusae_is_the_recipe(name, plain, changes):
     assert min(dead) == 0 and any(0 < count <= s.k_aux for count in dead) and max(dead) > s.k_aux, dead
 
 
-@pytest.mark.parametrize("name", ["dictionary_learning-topk", "dictionary_learning-batch-topk", "saelens-topk"])
+@pytest.mark.parametrize(
+    ("name", "plain", "changes"),
+    [
+        ("dictionary_learning-relu", PlainReLU, {}),
+        ("dictionary_learning-gated", PlainGated, {}),
+        ("dictionary_learning-jumprelu", PlainJumpReLU, {}),
+        ("dictionary_learning-jumprelu", PlainJumpReLU, {"bandwidth": 0.5}),  # reaches down to the zeros
+        ("saelens-jumprelu", PlainSAELensJumpReLU, {}),
+        ("saelens-jumprelu-tanh", PlainSAELensTanh, {"aux": 0.5, "dead_steps": 2, "sparsity": 1.0}),
+    ],
+)
+def test_recipes_with_a_sparsity_term(name, plain, changes):
+    parity = script("parity")
+    recipe, data = parity.RECIPES[name], some_data()
+    s = settings(**{**recipe.fields, **changes})
+    rows = torch.nn.functional.normalize(torch.randn(s.m, s.d, dtype=torch.float64), dim=1)
+    start = recipe.start(s, rows, data.train[:1])
+    own = recipe.own["fusae"](s, start)
+    more = [name for name in ("r_mag", "b_mag", "threshold") if hasattr(own.coder, name)]
+    statement = plain(s, {**start, **{name: getattr(own.coder, name).detach() for name in more}})
+    dead = 0
+    for x in parity.batches(data.train, s, seed=1):
+        assert own.lr == pytest.approx(statement.lr, rel=1e-12, abs=1e-15)
+        assert own.step(x) == pytest.approx(statement.step(x), rel=1e-8)
+        dead += statement.dead
+        assert statement.dead in (0, own.dead)
+    for name, weight in statement.p.items():
+        torch.testing.assert_close(getattr(own.coder, name).data, weight.data, rtol=1e-7, atol=1e-9)
+    assert plain is not PlainSAELensTanh or dead > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_the_library_itself(name):
     parity = script("parity")
     recipe = parity.RECIPES[name]
     module = {"dictionary-learning": "dictionary_learning", "sae-lens": "sae_lens"}[recipe.package]
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed: pip install as benchmarks/parity.py says")
-    measured = parity.compare(recipe, some_data(), settings(), seed=0)
+    s = settings(aux=recipe.aux or 0.5, **recipe.fields)
+    measured = parity.compare(recipe, some_data(), s, seed=0)
     peer, own = measured["peer"], measured["fusae"]
-    assert peer["dead_in_training"] == own["dead_in_training"] > 0
+    assert peer["dead_in_training"] == own["dead_in_training"]
+    assert own["dead_in_training"] > 0 or not recipe.aux
     assert own["loss"]["1"] == pytest.approx(peer["loss"]["1"], rel=1e-12)
     # The library divides by norm + 1e-6 where it projects.
     assert own["loss"]["10"] == pytest.approx(peer["loss"]["10"], rel=1e-6)
@@ -178,6 +342,10 @@ def test_the_library_itself(name):
 
 
 # --- data -----------------------------------------------------------------------------------------------------------
+
+
+def test_all_recipes_are_under_test():
+    assert sorted(RECIPES) == sorted(script("parity").RECIPES)
 
 
 def test_every_pass_gives_whole_batches_of_a_new_order():
