@@ -230,7 +230,7 @@ class ByLatent:
         d, chunks, longs = source.shape[-1], len(self.chunk_latent), len(self.long)
         source = contiguous_rows(source)
         weight = None if dots is None else contiguous_rows(weight)
-        short, long = (gather_tile(d, source.element_size(), *shape) for shape in ((4, 4), (16, 1)))
+        short, long = (gather_tile(d, source.element_size(), *shape) for shape in ((4, 2), (8, 1)))
         blocks = cdiv(d, short.columns)
         parts = torch.empty(0 if out is None else chunks, d, dtype=torch.float32, device=source.device)
         part_dots = torch.empty(
