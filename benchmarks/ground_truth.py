@@ -47,8 +47,8 @@ LOSSES_AT = (1, 10, 100)
 HELD_OUT = 8_192
 #: what all runs share: the toy of `fusae.testing.known`, and a recipe that finds it (dictionary_learning's, lr 3e-3)
 SHARED: dict[str, Any] = {
-    "m": 64, "k": 3, "batch_size": 512, "lr": 3e-3, "decay": 0.2, "warmup_steps": 100, "clip_norm": 1.0,
-    "dead_window": 50_000, "device": "cpu", "prefetch": 0,
+    "m": 64, "k": 3, "batch_size": 256, "lr": 3e-3, "decay": 0.2, "warmup_steps": 50, "clip_norm": 1.0,
+    "dead_window": 20_000, "device": "cpu", "prefetch": 0,
 }  # fmt: skip
 #: the fields that make a form
 FORMS: dict[str, dict[str, Any]] = {
@@ -178,7 +178,7 @@ def compare(fields: dict[str, Any], data: dict[str, Any], seed: int) -> dict[str
 def main(
     forms: Annotated[list[str] | None, typer.Argument(help=f"of {', '.join(FORMS)}; default: all")] = None,
     seeds: Annotated[int, typer.Option(help="seeds 0, 1, ... to run", min=1)] = 3,
-    steps: Annotated[int, typer.Option(help="steps of a run", min=1)] = 1500,
+    steps: Annotated[int, typer.Option(help="steps of a run", min=1)] = 1000,
     quick: Annotated[bool, typer.Option("--quick", help="60 steps and one seed: does everything work?")] = False,
     threads: Annotated[int, typer.Option(help="of torch", min=1)] = 1,
     out: Annotated[Path | None, typer.Option(help="results file to add to")] = None,
