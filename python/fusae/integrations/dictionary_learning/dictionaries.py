@@ -193,7 +193,7 @@ class FastAutoEncoder(FastDictionary):
 class FastAutoEncoderNew(FastAutoEncoder):
     def _fusae_weights(self) -> Weights:
         bias = self.decoder.bias
-        if torch.is_autocast_enabled(bias.device.type):
+        if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):
             bias = bias.to(torch.get_autocast_dtype(bias.device.type))  # it is part of the linear layer
         return Weights(self.encoder.weight, self.encoder.bias, self.decoder.weight.T, bias, None)
 
