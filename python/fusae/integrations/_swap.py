@@ -17,7 +17,7 @@ import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
@@ -90,6 +90,16 @@ class Swapped:
         return copyreg._reconstructor, (self._fusae_tool_class, object, None), state
 
 
+class SwappedGeneric(Generic[T]):
+    """`Swapped` for mixins of plain ``typing.Generic`` classes, whose layout in memory Python wants to be the same."""
+
+    _fusae_correct = Swapped._fusae_correct
+    __deepcopy__, __copy__, __reduce_ex__ = Swapped.__deepcopy__, Swapped.__copy__, Swapped.__reduce_ex__
+
+
+SWAPPED = (Swapped, SwappedGeneric)
+
+
 _classes: dict[tuple[type, Adapter, str], type] = {}
 
 
@@ -118,7 +128,7 @@ def _adapters() -> Iterator[Adapter]:
 
 
 def _own_class(module: Any) -> type:
-    return module._fusae_tool_class if isinstance(module, Swapped) else type(module)
+    return module._fusae_tool_class if isinstance(module, SWAPPED) else type(module)
 
 
 def _overrides(cls: type, base: type, names: tuple[str, ...]) -> list[str]:
@@ -224,7 +234,7 @@ def restore(model: T) -> T:
 
 
 def restore_one(part: Any) -> None:
-    if isinstance(part, Swapped):
+    if isinstance(part, SWAPPED):
         part._fusae_adapter.undo(part)
         part.__class__ = part._fusae_tool_class
 
@@ -242,7 +252,7 @@ def describe(model: Any) -> str:
         if adapter is None and reason is None:
             continue
         title = f"{name or '(model)'}: {_own_class(part).__name__}"
-        if isinstance(part, Swapped):
+        if isinstance(part, SWAPPED):
             lines.append(f"{title} on fusae: {', '.join(adapter.swapped)} (gradients {part._fusae_gradients!r})")
             if part._fusae_correct:
                 lines += [f"    unlike the tool: {difference}" for difference in adapter.differences]
