@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from sae_lens import saes
+from sae_lens.llm_sae_training_runner import LanguageModelSAETrainingRunner
 from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitTrainingSAE
 from sae_lens.saes.sae import SAE
 from sae_lens.saes.temporal_sae import TemporalSAE
+from sae_lens.training.sae_trainer import SAETrainer
 
 from .._swap import Adapter
-from . import inference, training_threshold, training_topk
-from .training import latent_major, row_major
+from . import inference, trainer, training_threshold, training_topk
 
 _METHODS = ("encode", "decode", "forward")
 _AUX, _AUX_ABS = ("calculate_aux_loss", "calculate_topk_aux_loss"), "calculate_abstopk_aux_loss"
@@ -26,7 +27,7 @@ def _why_not(sae: SAE) -> str:
 
 def _training(tool_class: type, mixin: type, *losses: str) -> Adapter:
     methods = (*_METHODS, "encode_with_hidden_pre", "training_forward_pass", *losses)
-    return Adapter(tool_class, mixin, methods, prepare=latent_major, undo=row_major)
+    return Adapter(tool_class, mixin, methods)
 
 
 def _inference(tool_class: type, mixin: type) -> Adapter:
@@ -57,5 +58,9 @@ ADAPTERS = (
     _training(saes.StandardTrainingSAE, training_threshold.FastStandardTraining, "calculate_aux_loss"),
     _training(saes.JumpReLUTrainingSAE, training_threshold.FastJumpReLUTraining, "calculate_aux_loss"),
     _training(saes.GatedTrainingSAE, training_threshold.FastGatedTraining, "calculate_aux_loss"),
+    Adapter(
+        SAETrainer, trainer.FastTrainer, ("_train_step",), trainer.why_not, prepare=trainer.prepare, undo=trainer.undo
+    ),
+    Adapter(LanguageModelSAETrainingRunner, trainer.FastRunner, ("run_trainer_with_interruption_handling",)),
     Adapter(SAE, inference.FastSAE, (), _why_not),
 )

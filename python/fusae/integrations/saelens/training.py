@@ -105,17 +105,3 @@ def extra_of(hidden_pre: Tensor) -> object:
 def codes_of(feature_acts: Tensor) -> SparseCodes | None:
     """The codes of activations that nobody has made dense; differentiable."""
     return feature_acts.scaled() if isinstance(feature_acts, Activations) and feature_acts.sparse else None
-
-
-def latent_major(sae: FastSAE) -> None:
-    """Hold W_enc ``[d, m]`` latent by latent in memory: its gradient is made in that order, and saves a transposition
-    every step."""
-    W = getattr(sae, "W_enc", None)
-    if W is not None and W.ndim == 2 and W.device.type != "meta" and not W.T.is_contiguous():
-        W.data = W.data.T.contiguous().T
-
-
-def row_major(sae: FastSAE) -> None:
-    W = getattr(sae, "W_enc", None)
-    if W is not None and W.ndim == 2 and not W.is_contiguous():
-        W.data = W.data.contiguous()
