@@ -35,14 +35,14 @@ def _check(codes: Codes) -> None:
         raise IndexError(f"indices must lie in [0, {codes.m}), got {int(indices.min())} to {int(indices.max())}")
 
 
-def fits(offsets: Tensor, storage: int) -> bool:
-    """Whether entries fit their storage: raises if not (one host sync); while a CUDA graph is captured, unknown."""
+def fits(offsets: Tensor, storage: int) -> None:
+    """Raises if not all entries fit their storage: one host sync. In the capture of a CUDA graph nothing can be asked:
+    what does not fit makes gradients NaN then."""
     if offsets.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return False
+        return
     used = int(offsets[-1])
     if used > storage:
         raise IndexError(
             f"the codes have {used} entries and a storage of {storage}: a capacity was too small; "
             f"make them again with capacity >= {used}, or with None"
         )
-    return True
