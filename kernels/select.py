@@ -144,6 +144,42 @@ def make_keys(
 
 
 @triton.jit
+def store_sorted(
+    keys_ptr, side_ptr, base, rows, in_rows, used, first, fill_ptr, values_ptr, indices_ptr, k,
+    SIDE: tl.constexpr, FILL: tl.constexpr, RELU: tl.constexpr, SORTED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The first `used` (<= k) entries of buffers that begin at `base`, sorted, as codes of `rows`: `emit_rows`."""
+    slots = first + tl.arange(0, BLOCK)
+    valid = in_rows[:, None] & (slots[None, :] < used[:, None])
+    at = base[:, None] + slots[None, :]
+    keys = tl.load(keys_ptr + at, mask=valid, other=LOWEST)
+    place = tl.zeros((ROWS, BLOCK), tl.int32) + slots[None, :]
+    if not SORTED:
+        place = tl.zeros((ROWS, BLOCK), tl.int32)
+        for start in range(0, k, CHUNK):
+            others = start + tl.arange(0, CHUNK)
+            other_valid = in_rows[:, None] & (others[None, :] < used[:, None])
+            other = tl.load(keys_ptr + base[:, None] + others[None, :], mask=other_valid, other=LOWEST)
+            place += tl.sum((other[:, None, :] > keys[:, :, None]).to(tl.int32), 2)
+    if SIDE:
+        value = tl.load(side_ptr + at, mask=valid, other=0.0)
+    else:
+        value = key_value(keys)
+    if RELU:
+        value = tl.where(value <= 0.0, 0.0, value)  # NaN stays
+    to = rows[:, None] * k + place
+    tl.store(values_ptr + to, value.to(values_ptr.dtype.element_ty), mask=valid)
+    tl.store(indices_ptr + to, key_index(keys), mask=valid)
+    if FILL:
+        to = rows[:, None] * k + slots[None, :]
+        rest = in_rows[:, None] & (slots[None, :] >= used[:, None]) & (slots[None, :] < k)
+        latents = tl.load(fill_ptr + slots[None, :] - used[:, None], mask=rest, other=0)
+        tl.store(values_ptr + to, tl.zeros((ROWS, BLOCK), values_ptr.dtype.element_ty), mask=rest)
+        tl.store(indices_ptr + to, latents, mask=rest)
+
+
+@triton.jit
 def emit_rows(
     keys_ptr, side_ptr, stride, count_ptr, fill_ptr, values_ptr, indices_ptr, n, k,
     COUNT: tl.constexpr, SIDE: tl.constexpr, FILL: tl.constexpr, RELU: tl.constexpr, SORTED: tl.constexpr,
@@ -159,29 +195,5 @@ def emit_rows(
     used = tl.full((ROWS,), 0, tl.int32) + k
     if COUNT:
         used = tl.minimum(tl.load(count_ptr + rows, mask=in_rows, other=0), k)
-    slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    valid = in_rows[:, None] & (slots[None, :] < used[:, None])
-    at = rows[:, None] * stride + slots[None, :]
-    keys = tl.load(keys_ptr + at, mask=valid, other=LOWEST)
-    place = tl.zeros((ROWS, BLOCK), tl.int32) + slots[None, :]
-    if not SORTED:
-        place = tl.zeros((ROWS, BLOCK), tl.int32)
-        for start in range(0, k, CHUNK):
-            others = start + tl.arange(0, CHUNK)
-            other_valid = in_rows[:, None] & (others[None, :] < used[:, None])
-            other = tl.load(keys_ptr + rows[:, None] * stride + others[None, :], mask=other_valid, other=LOWEST)
-            place += tl.sum((other[:, None, :] > keys[:, :, None]).to(tl.int32), 2)
-    if SIDE:
-        value = tl.load(side_ptr + at, mask=valid, other=0.0)
-    else:
-        value = key_value(keys)
-    if RELU:
-        value = tl.where(value <= 0.0, 0.0, value)  # NaN stays
-    to = rows[:, None] * k + place
-    tl.store(values_ptr + to, value.to(values_ptr.dtype.element_ty), mask=valid)
-    tl.store(indices_ptr + to, key_index(keys), mask=valid)
-    if FILL:
-        to = rows[:, None] * k + slots[None, :]
-        rest = in_rows[:, None] & (slots[None, :] >= used[:, None]) & (slots[None, :] < k)
-        tl.store(values_ptr + to, tl.zeros((ROWS, BLOCK), values_ptr.dtype.element_ty), mask=rest)
-        tl.store(indices_ptr + to, tl.load(fill_ptr + slots[None, :] - used[:, None], mask=rest, other=0), mask=rest)
+    store_sorted(keys_ptr, side_ptr, rows * stride, rows, in_rows, used, tl.program_id(1) * BLOCK, fill_ptr,
+                 values_ptr, indices_ptr, k, SIDE, FILL, RELU, SORTED, ROWS, BLOCK, CHUNK)  # fmt: skip

@@ -51,6 +51,10 @@ class Target:
 
                 stack.enter_context(cpu.force_isa(self.isa))
                 stack.enter_context(cpu.force_gemm(self.gemm or "auto"))
+            elif self.gemm is not None:
+                from ..backends import triton
+
+                stack.enter_context(triton.force_encoder(self.gemm))
             stack.enter_context(_dispatch.backend(self.backend))
             yield
 
@@ -61,8 +65,8 @@ class Target:
 def targets(*raw_ops: str, gemms: bool = False, interpreted: bool = False) -> list[Target]:
     """Targets that have all these raw ops on this machine, in the order of dispatch.
 
-    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's. With `interpreted`, Triton's
-    interpreter too: only for inputs of a few thousand elements (`Target.too_large`).
+    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's; Triton's encoders twice too. With
+    `interpreted`, Triton's interpreter: only for inputs of a few thousand elements (`Target.too_large`).
     """
     found = []
     for backend in _dispatch.ORDER:
@@ -74,7 +78,8 @@ def targets(*raw_ops: str, gemms: bool = False, interpreted: bool = False) -> li
             products = ("native", "torch") if gemms else (None,)
             found += [Target(backend, isa, gemm) for isa in cpu.isas() for gemm in products]
         elif interpreted or not Target(backend).interpreted:
-            found.append(Target(backend))
+            ways = ("fused", "chunked") if gemms and backend == "triton" else (None,)
+            found += [Target(backend, gemm=way) for way in ways]
     return found
 
 

@@ -10,7 +10,8 @@ __all__ = ["TABLE", "by_name_only", "unavailable"]
 TABLE: dict = {}
 
 if unavailable() is None:  # nothing of Triton is imported where it cannot run
-    from . import decode, dense, latents, optimiser, selection
+    from . import decode, dense, encode, latents, optimiser, selection
+    from .encode import force_encoder as force_encoder
 
-    for _family in (selection, decode, latents, dense, optimiser):
+    for _family in (selection, encode, decode, latents, dense, optimiser):
         TABLE |= _family.TABLE
