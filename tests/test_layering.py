@@ -50,8 +50,9 @@ RULES = [
     ("integrations/", (*TOOLS, "fusae.integrations")),
     ("testing/", (*TOOLS, "fusae.testing", "fusae._dispatch", "fusae.reference", "fusae.backends")),
     ("pipeline/", (*TOOLS, "fusae.pipeline")),
+    ("plan/", (*TOOLS, "fusae.pipeline", "fusae.plan")),
     ("demo/", (*TOOLS, "fusae.pipeline", "fusae.demo", "fusae.testing")),
-    ("cli.py", (*TOOLS, "fusae.pipeline", "fusae.demo", "fusae.cli")),
+    ("cli.py", (*TOOLS, "fusae.pipeline", "fusae.plan", "fusae.demo", "fusae.cli")),
     ("__main__.py", ("fusae.cli", "fusae.info")),
 ]
 ENVIRONMENT = {"FUSAE_BACKEND", "FUSAE_CPU_ISA", "FUSAE_AUTOTUNE"}

@@ -15,6 +15,7 @@ from .formats.command import convert
 from .pipeline.command import evaluate, train, with_fields
 from .pipeline.errors import PipelineError
 from .pipeline.sweep import sweep
+from .plan.command import plan
 
 _traceback = False
 
@@ -74,6 +75,7 @@ app.command(
     "activations. Ctrl-C saves it for --resume.",
 )(with_fields(train))
 app.command("sweep", help=sweep.__doc__)(sweep)
+app.command("plan", help=plan.__doc__)(plan)
 app.command("eval", help=evaluate.__doc__)(evaluate)
 app.command("demo")(demo)
 app.command("convert")(convert)
