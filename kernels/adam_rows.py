@@ -40,7 +40,7 @@ class Step:
 
 @triton.jit
 def updated(w, mean, square, g, along, decay, l2, rise, beta2, add2, step_size, root_correction2, eps):
-    """Parameter and moments of a tile after the step. `along`: the gradient's component along the row, per unit of it."""
+    """Parameter and moments after the step. `along`: the gradient's component along the row, per unit of the row."""
     g = g - along[:, None] * w
     g = g + l2 * w
     mean = mean + (g - mean) * rise
@@ -139,7 +139,8 @@ def adam_tile(d: int, whole_rows: bool) -> dict[str, int]:
         columns = min(512, max(16, next_power_of_2(d)))
         return {"N": 512 // columns, "D": columns, "ONE": d <= columns, "num_warps": 4}
     columns = max(16, next_power_of_2(d)) if d <= WHOLE else 2048
-    return {"N": max(1, 512 // columns), "D": columns, "ONE": d <= columns, "num_warps": min(16, max(4, columns // 512))}
+    warps = min(16, max(4, columns // 512))
+    return {"N": max(1, 512 // columns), "D": columns, "ONE": d <= columns, "num_warps": warps}
 
 
 def adam_rows_(

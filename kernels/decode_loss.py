@@ -27,7 +27,7 @@ MOST_GROUPS = 8
 @triton.jit
 def entries_at(values, indices, first, count, start, prefixes, groups, m,
                BY_RANK: tl.constexpr, G: tl.constexpr, E: tl.constexpr):  # fmt: skip
-    """Places, which of them are in use, latents, values (NaN for a latent that does not exist) and groups of E entries."""
+    """Places, which are in use, latents, values (NaN for a latent that does not exist) and groups of E entries."""
     place = start + tl.arange(0, E)
     used = place[None, :] < count[:, None]
     at = first[:, None] + place[None, :]

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sums by latent: the gradients of weights, biases and values from entries that are sorted by latent.
 
-The entries of each latent, in the order of their rows, are a segment. One gather of the rows that they meet (of x, or of
-the output's gradient) gives the sum ``Σ coef · row`` and the dots ``row · weight[latent]`` together. Nothing is added
-atomically and no result depends on what ran when: segments of more than `CHUNK` entries are cut into chunks of that
-size, whose sums a second launch adds in order. So the work of a program is bounded, whatever the distribution over
-latents, and grids depend on sizes alone: no host sync, and CUDA graphs can capture it (but for row-sparse results, whose
-size the host has to know).
+The entries of each latent, in the order of their rows, are a segment. One gather of the rows that they meet (of x, or
+of the output's gradient) gives the sum ``Σ coef · row`` and the dots ``row · weight[latent]`` together. Nothing is added
+atomically and no result depends on what ran when: segments of more than `CHUNK` entries are cut into chunks of
+that size, whose sums another launch adds in order. So the work of a program is bounded, whatever the distribution over
+latents, and grids depend on sizes alone: no host sync, and CUDA graphs can capture it (but for row-sparse results,
+whose size the host has to know).
 
 Bytes: programs run by block of columns, and such a block of the gathered rows (8 MB at n 8192) stays in L2, so each of
 them crosses memory once: ``(n + m + m·[dots])·d`` elements, 2.2 GB in bfloat16 at n 8192, d 4096, m 131072, of which
@@ -87,8 +87,8 @@ def sums_kernel(
     LISTED: tl.constexpr, SLOTTED: tl.constexpr, WHOLE: tl.constexpr, SUM: tl.constexpr, DOTS: tl.constexpr,
     SCALED: tl.constexpr, N: tl.constexpr, E: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """``out[slot] = scale · Σ_e coef[e] · source[row[e]]`` and ``dots[block, order[e]] = source[row[e]] · weight[latent]``
-    for N segments and D columns."""
+    """For N segments and D columns: ``out[slot] = scale · Σ_e coef[e] · source[row[e]]``, and
+    ``dots[block, order[e]] = source[row[e]] · weight[latent]``."""
     s = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     cols = tl.program_id(1) * D + tl.arange(0, D)
     latent, first, last, slot = segment(s, segments, latents, slots, begin, end, chunk, LISTED, SLOTTED, WHOLE)
@@ -193,7 +193,7 @@ class ByLatent:
         return keys
 
     def _cut(self) -> None:
-        """The chunks of long segments, and which chunks belong to one: as many as there could be, most of them empty."""
+        """Chunks of the long segments, and which belong to one: as many as there could be, most of them empty."""
         start, m, device = self.start, self.codes.m, self.start.device
         longs = self.codes.storage // (CHUNK + 1)
         size = start.diff()
@@ -260,7 +260,7 @@ class ByLatent:
             join_dots(part_dots, self.codes, dots, scale)
 
     def _visited(self, rows: Tensor | None, dots: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The latents of a pass and where their sums go (-1: nowhere); None for all of them, and for their own order."""
+        """The latents of a pass (None: all) and where their sums go (-1: nowhere; None: in their own order)."""
         if rows is None or not dots:
             return rows, None
         present = self.start.diff().nonzero().view(-1)  # also those that were stored with value 0 everywhere
@@ -285,7 +285,7 @@ class ByLatent:
 
 
 def _slots(latents: Tensor, rows: Tensor | None) -> Tensor:
-    """Place of every latent among the `rows` (ascending), -1 for those that aren't; without `rows`, the latent itself."""
+    """Place of every latent among the ascending `rows`, -1 if it isn't one; without `rows`, the latent itself."""
     if rows is None:
         return latents
     if not len(rows):
