@@ -19,8 +19,7 @@ from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTransco
 from fusae.integrations import circuit_tracer as adapter  # noqa: E402
 
 N, D, M, LAYERS = 40, 16, 192, 3
-KINDS = ["relu", "jumprelu"] + (["topk"] if hasattr(functions, "TopK") else [])  # PyPI's 0.5.0 has no TopK
-FORMS = ["encode", "compute_attribution_components", "decode"]
+KINDS = ["relu", "jumprelu", "topk"]
 
 
 def _activation(kind, dtype=torch.float32):

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._dense import transformed
 from ._swap import Swapped, accelerate
 
 
@@ -96,4 +95,4 @@ class FastModel(Swapped):
 
     def setup_attribution(self, *args: Any, **kwargs: Any) -> Any:
         context = super().setup_attribution(*args, **kwargs)
-        return context if transformed() else accelerate(context, self._fusae_gradients)
+        return accelerate(context, self._fusae_gradients)

@@ -8,8 +8,14 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..ops import codes_from_dense, decode
+from ._dense import transformed
 
 ROWS = 64  # rows whose dense activations are held at a time, where there is no fused encoder
+
+
+def eager() -> bool:
+    """Whether ops run as they are called: no functorch transform, no forward-mode derivative, no ``torch.compile``."""
+    return not transformed() and not torch.compiler.is_compiling()
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

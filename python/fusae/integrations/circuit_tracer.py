@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from circuit_tracer.transcoder import activation_functions
+from circuit_tracer.transcoder.activation_functions import JumpReLU, TopK
 from circuit_tracer.transcoder.cross_layer_transcoder import CrossLayerTranscoder
 from circuit_tracer.transcoder.single_layer_transcoder import SingleLayerTranscoder, TranscoderSet
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ._attribution import FastContext, FastContextNNSight, FastModel
 from ._codes import (
     ascending,
     by_blocks,
+    eager,
     from_coo,
     fuses,
     gather_scaled,
@@ -31,11 +32,8 @@ from ._codes import (
     to_coo,
     wants_grad,
 )
-from ._dense import decode_dense, dense_of, hooked, transformed
+from ._dense import decode_dense, dense_of, hooked
 from ._swap import Adapter, Swapped
-
-JumpReLU = activation_functions.JumpReLU
-TopK = getattr(activation_functions, "TopK", None)  # not in circuit-tracer 0.5.0 of PyPI
 
 
 def _kind(activation: Any) -> str | None:
@@ -78,7 +76,7 @@ class FastTranscoder(Swapped):
 
     def _fusae_serves(self, x: Tensor, W_enc: Tensor) -> bool:
         """Whether the fused encoder takes this call; else the tool's own code runs, or raises its own error."""
-        act, plain = self.activation_function, not transformed() and not torch.is_autocast_enabled(x.device.type)
+        act, plain = self.activation_function, eager() and not torch.is_autocast_enabled(x.device.type)
         threshold = getattr(act, "threshold", None)
         return (
             plain
@@ -121,7 +119,7 @@ class FastTranscoder(Swapped):
         plain = (
             acts.layout == torch.strided and acts.ndim > 0 and acts.dtype == self.dtype and acts.device.type != "meta"
         )
-        if transformed() or not plain or not mostly_zero(acts):
+        if not eager() or not plain or not mostly_zero(acts):
             return super().decode(acts, input_acts)
         if self.lazy_decoder and not wants_grad(acts) and acts.numel():
             codes = codes_from_dense(acts.reshape(-1, acts.shape[-1]))
@@ -151,7 +149,7 @@ class FastTranscoder(Swapped):
     def _fusae_serves_sparse(self, sparse_acts: Tensor) -> bool:
         weights = (self.b_dec, self.W_skip, None if self.lazy_decoder else self.W_dec)
         same = sparse_acts.dtype == self.dtype and (self.lazy_decoder or self.W_dec.dtype == self.dtype)
-        return same and not transformed() and not wants_grad(sparse_acts, *weights)
+        return same and eager() and not wants_grad(sparse_acts, *weights)
 
     def decode_sparse(self, sparse_acts: Tensor, input_acts: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if sparse_acts.ndim != 2 or not sparse_acts.is_coalesced() or not self._fusae_serves_sparse(sparse_acts):
@@ -213,7 +211,7 @@ class FastCrossLayer(Swapped):
         act, weights = self.activation_function, None if self.lazy_encoder else self.W_enc
         threshold = getattr(act, "threshold", None)
         return (
-            not transformed()
+            eager()
             and not torch.is_autocast_enabled(x.device.type)
             and _kind(act) in ("relu", "jumprelu")
             and not wants_grad(x, weights, self.b_enc, threshold)
@@ -262,7 +260,7 @@ class FastCrossLayer(Swapped):
     def _fusae_serves_decode(self, features: Tensor) -> bool:
         weights = () if self.lazy_decoder else tuple(self.W_dec)
         same = features.dtype == self.dtype and all(W.dtype == self.dtype for W in weights)
-        return same and not transformed() and not wants_grad(features, self.b_dec, self.W_skip, *weights)
+        return same and eager() and not wants_grad(features, self.b_dec, self.W_skip, *weights)
 
     def _fusae_sum(self, codes: list[SparseCodes], input_acts: Tensor | None) -> Tensor:
         """``[n_layers, n, d]``: what the latents of every layer write to it and the layers behind it."""

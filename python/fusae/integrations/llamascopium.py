@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..ops import encode_batch_topk, encode_threshold, encode_topk
-from ._codes import fuses, mostly_zero, wants_grad
-from ._dense import decode_dense, dense_of, hooked, transformed
+from ._codes import eager, fuses, mostly_zero, wants_grad
+from ._dense import decode_dense, dense_of, hooked
 from ._swap import Adapter, Swapped
 
 _MADE = "SparseDictionary.activation_function_factory.<locals>."
@@ -39,7 +39,7 @@ def _kind(activation: Any) -> str | None:
 def _plain(*tensors: Tensor) -> bool:
     """Ordinary tensors of one dtype, outside of transforms: what the fused ops take."""
     kinds = {(t.dtype, t.layout, t.device) for t in tensors}
-    return not transformed() and len(kinds) == 1 and tensors[0].layout == torch.strided and not tensors[0].is_meta
+    return eager() and len(kinds) == 1 and tensors[0].layout == torch.strided and not tensors[0].is_meta
 
 
 class FastAutoEncoder(Swapped):
