@@ -166,6 +166,8 @@ def test_own_folders(tmp_path):
     wide = fusae.load(tmp_path / "own", dtype="float64")
     assert wide.config.dtype == "float64" and torch.equal(wide.W_dec, coder.W_dec.double())
     assert fusae.load(tmp_path / "own" / "coder.json").config == coder.config
+    coder.save(tmp_path / "run" / "coder")
+    assert fusae.load(tmp_path / "run").config == coder.config
 
 
 # --- dtypes and memory ----------------------------------------------------------------------------------------------

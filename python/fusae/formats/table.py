@@ -84,6 +84,8 @@ def load(
         raise FileNotFoundError(f"{path} is not there")
     if path.name in _IN_FOLDER and path.is_file():
         path = path.parent
+    if (path / "coder" / "coder.json").is_file():  # the directory of a run
+        path = path / "coder"
     dtype = _dtype(dtype)
     name = recognise(path) if format is None else _known(format)
     chosen = FORMATS[name]
