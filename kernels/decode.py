@@ -92,12 +92,14 @@ def dots_kernel(
         tl.store(dots + tl.program_id(1).to(tl.int64) * storage + at, dot, mask=used)
 
 
-@triton.jit(do_not_specialize=["n", "width", "storage", "blocks"])
-def join_dots_kernel(out, dots, scale, offsets, n, width, storage, blocks,
+@triton.jit(do_not_specialize=["n", "m", "width", "storage", "blocks"])
+def join_dots_kernel(out, dots, scale, indices, offsets, n, m, width, storage, blocks,
                      RAGGED: tl.constexpr, SCALED: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """``out[e] = scale · Σ_block dots[block, e]``, blocks in order; 0 in storage that is not in use."""
+    """``out[e] = scale · Σ_block dots[block, e]``, blocks in order; 0 where there is no entry or no such latent."""
     e = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     used = e < used_entries(offsets, n, width, storage, RAGGED)
+    latent = tl.load(indices + e, mask=used, other=-1)
+    used &= (latent >= 0) & (latent < m)
     total, at = tl.zeros([B], dtype=tl.float32), e
     for _ in range(0, blocks):
         total += tl.load(dots + at, mask=used, other=0.0)
@@ -112,7 +114,7 @@ def join_dots(dots: Tensor, codes: Codes, out: Tensor, scale: Tensor | None = No
     """The dots over all columns into `out`, from those over blocks of them ``[blocks, storage]``."""
     if out.numel():
         join_dots_kernel[(cdiv(codes.storage, 1024),)](
-            out, dots, scale, codes.offsets, codes.n, codes.width, codes.storage, dots.shape[0],
+            out, dots, scale, codes.indices, codes.offsets, codes.n, codes.m, codes.width, codes.storage, dots.shape[0],
             RAGGED=codes.offsets is not None, SCALED=scale is not None, B=1024,
         )  # fmt: skip
     return out

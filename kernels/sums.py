@@ -2,8 +2,8 @@
 """Sums by latent: the gradients of weights, biases and values from entries that are sorted by latent.
 
 The entries of each latent, in the order of their rows, are a segment. One gather of the rows that they meet (of x, or
-of the output's gradient) gives the sum ``Σ coef · row`` and the dots ``row · weight[latent]`` together. Nothing is added
-atomically and no result depends on what ran when: segments of more than `CHUNK` entries are cut into chunks of
+of the output's gradient) gives the sum ``Σ coef · row`` and the dots ``row · weight[latent]`` together. Nothing is
+added atomically and no result depends on what ran when: segments of more than `CHUNK` entries are cut into chunks of
 that size, whose sums another launch adds in order. So the work of a program is bounded, whatever the distribution over
 latents, and grids depend on sizes alone: no host sync, and CUDA graphs can capture it (but for row-sparse results,
 whose size the host has to know).
