@@ -13,7 +13,6 @@ beside mapped files, over what it held after its imports; the moments are made r
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import statistics
@@ -75,8 +74,8 @@ def product(x: torch.Tensor, weight: torch.Tensor, columns: int = 4096) -> None:
 
 
 def config_of(m: int, d: int, k: int, n: int, steps: int, **fields: Any) -> TrainConfig:
-    options = {"optimizer": "masked", "device": "cpu", "checkpoint_every": 0, "dead_window": n, "init_rows": n, **fields}
-    return TrainConfig(m=m, k=k, d=d, batch_size=n, tokens=n * (steps + 1), **options)
+    options = {"optimizer": "masked", "device": "cpu", "checkpoint_every": 0, "dead_window": n, "init_rows": n}
+    return TrainConfig(m=m, k=k, d=d, batch_size=n, tokens=n * (steps + 1), **{**options, **fields})
 
 
 def measure(m: int, d: int, k: int, n: int, rounds: int, threads: int, phases: bool, fields: dict) -> dict[str, Any]:
@@ -142,7 +141,8 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
     """`measure` in a fresh process."""
     code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import json, wide; " \
            "print(json.dumps(wide.measure(**json.loads(sys.argv[1]))))"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", code, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring {arguments} failed:\n{done.stderr.strip()[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -193,10 +193,12 @@ def growth(
     results = []
     for power in range(first, last + 1):
         arguments = dict(m=1 << power, d=d, k=k, n=n, rounds=rounds, threads=threads, phases=False, fields={})
-        results.append(child(arguments))
-        last_one = results[-1]
-        print(f"m 2^{power}: step {statistics.median(last_one['step_s']):.3f} s, bare product "
-              f"{statistics.median(last_one['bare_s']):.3f} s, peak {last_one['peak']['train'] / 1e9:.3f} GB", flush=True)  # fmt: skip
+        one = child(arguments)
+        results.append(one)
+        step, bare = statistics.median(one["step_s"]), statistics.median(one["bare_s"])
+        print(f"m 2^{power}: step {step:.3f} s, bare product {bare:.3f} s, peak {one['peak']['train'] / 1e9:.3f} GB, "
+              f"off the plan: memory {one['memory off the plan']:+.3f}, time {one['time off the plan']:+.3f}",
+              flush=True)  # fmt: skip
     # Per latent, the widest against the middle: linear growth keeps it.
     each = [statistics.median(r["step_s"]) / r["m"] for r in results]
     print(f"seconds per latent and step: {', '.join(f'{1e6 * t:.2f}' for t in each)} (millionths)")
@@ -267,7 +269,6 @@ def quality(
     threads: int = 2, out: OUT = None,
 ) -> None:  # fmt: skip
     """FVU of held-out rows after runs that differ in the moments (and in lazy steps) alone."""
-    from fusae.eval import evaluate
     from fusae.train import open_data
 
     torch.set_num_threads(threads)
@@ -285,8 +286,9 @@ def quality(
         for name, fields in modes.items():
             config = TrainConfig(m=m, k=k, batch_size=n, tokens=tokens, lr=lr, seed=seed, device="cpu", **fields)
             coder = Trainer(config, rows, show=False).run()
-            found = evaluate(coder, held_out)
-            fvu[name].append(float(found["fvu"] if isinstance(found, dict) else found.fvu))
+            with torch.no_grad():
+                error = torch.cat([part - coder(part) for part in held_out.split(4096)])
+            fvu[name].append(float(error.square().sum() / (held_out - held_out.mean(0)).square().sum()))
             print(f"seed {seed}, {name}: FVU {fvu[name][-1]:.5f}", flush=True)
     good, worse = True, {}
     for name, against in (("bfloat16", "float32"), ("8bit", "float32"), ("beta1 = 0, lazy, 8bit", "beta1 = 0")):
