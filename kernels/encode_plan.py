@@ -3,8 +3,8 @@
 
 The sample. A row's k largest are looked for above a bound, the r-th largest score of s sampled latents. Too few lie
 above it only if r or more of the k - 1 best were sampled; more than `cap` only if fewer than r of the `cap` best were.
-Both are binomial tails at the rate s / m (hypergeometric ones are lighter), so they hold for every distribution of scores. They
-decide speed alone: every row is certified afterwards, and one that fails is repaired.
+Both are binomial tails at the rate s / m (hypergeometric ones are lighter), so they hold for every distribution of
+scores. They decide speed alone: every row is certified afterwards, and one that fails is repaired.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     group: int = 8
+    parts: int = 2
 
 
 class Sample(NamedTuple):
@@ -47,7 +48,7 @@ def default_tiles(dtype: torch.dtype, d: int, capability: tuple[int, int] | None
     if dtype == torch.float32:
         return Tiles(64, 128, 32, 8, 3)
     if capability[0] == 9:
-        return Tiles(128, 256, 64, 8, 3)
+        return Tiles(128, 256, 64, 8, 3, parts=8)
     if capability[0] >= 10:
         return Tiles(128, 128, 64, 8, 4)
     return Tiles(128, 128, 32, 8, 4)

@@ -3,8 +3,8 @@
 
 The list of rows and its length stay on the device. Blocks of BM listed rows and ranges of columns are the units of
 work; the fewer blocks there are, the more ranges each is split into. A unit goes through its columns in order with the
-GEMM's own tiles: what is above the row's bound is appended, and a buffer that may be full after the next tile is cut back
-to its k best, which raises the bound. `repair_merge` joins the ranges. With an empty list both launches return at once.
+GEMM's own tiles: what is above the row's bound is appended, and a buffer that may be full after the next tile is cut
+back to its k best, which raises the bound. `repair_merge` joins the ranges. With an empty list both return at once.
 """
 
 from __future__ import annotations

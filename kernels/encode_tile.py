@@ -59,6 +59,33 @@ def tile_products(
 
 
 @triton.jit
+def halves(acc, BM: tl.constexpr, BN: tl.constexpr):
+    """The left and the right columns of a tile. Every thread has some of both: nothing moves."""
+    return tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def columns_apart(acc, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr):
+    """A tuple of 1, 2, 4 or 8 ranges of columns."""
+    if PARTS == 1:
+        return (acc,)
+    elif PARTS == 2:
+        return halves(acc, BM, BN)
+    elif PARTS == 4:
+        left, right = halves(acc, BM, BN)
+        a, b = halves(left, BM, BN // 2)
+        c, d = halves(right, BM, BN // 2)
+        return a, b, c, d
+    else:
+        a, b, c, d = columns_apart(acc, BM, BN, 4)
+        a0, a1 = halves(a, BM, BN // 4)
+        b0, b1 = halves(b, BM, BN // 4)
+        c0, c1 = halves(c, BM, BN // 4)
+        d0, d1 = halves(d, BM, BN // 4)
+        return a0, a1, b0, b1, c0, c1, d0, d1
+
+
+@triton.jit
 def tile_scores(
     acc, columns, b_ptr, norms_ptr, BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr,
 ):  # fmt: skip

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .common import LOWEST, cdiv, key_index, key_value, next_power_of_2, pack
 from .encode_plan import Sample
-from .encode_tile import Operands, programs, sampled_latent, tile_place, tile_products, tile_scores
+from .encode_tile import Operands, columns_apart, programs, sampled_latent, tile_place, tile_products, tile_scores
 from .select import compact, kth_key
 from .topk import emit, program_rows, scan_warps
 
@@ -76,6 +76,26 @@ def append(pre, score, columns, rows, valid, value_ptr, index_ptr, count_ptr, ke
 
 
 @triton.jit
+def append_tile(
+    acc, first, m, rows, in_rows, b_ptr, norms_ptr, mask_ptr,
+    value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr,
+    aux_value_ptr, aux_index_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+    BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, SIDE: tl.constexpr,
+    AUX: tl.constexpr, CAP: tl.constexpr, AUX_CAP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Products of the columns from `first` on, to the buffers of their rows."""
+    columns = first + tl.arange(0, BN)
+    inside = tl.minimum(columns, m - 1)
+    pre, score = tile_scores(acc, inside, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
+    valid = in_rows[:, None] & (columns < m)[None, :]
+    append(pre, score, columns, rows, valid, value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr, in_rows, SIDE, CAP)
+    if AUX:
+        masked = tl.load(mask_ptr + inside) != 0
+        append(pre, score, columns, rows, valid & masked[None, :], aux_value_ptr, aux_index_ptr, aux_count_ptr,
+               aux_keys_ptr, aux_side_ptr, in_rows, SIDE, AUX_CAP)  # fmt: skip
+
+
+@triton.jit
 def gate(
     x_ptr, w_ptr, b_ptr, norms_ptr, mask_ptr,
     value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr,
@@ -84,24 +104,25 @@ def gate(
     TMA: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, SIDE: tl.constexpr,
     AUX: tl.constexpr, CAP: tl.constexpr, AUX_CAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, GROUP)
         rows = tile_m * BM + tl.arange(0, BM)
-        columns = tile_n * BN + tl.arange(0, BN)
-        in_rows, in_columns = rows < n, columns < m
-        inside = tl.minimum(columns, m - 1)
-        acc = tile_products(x_ptr, w_ptr, tl.minimum(rows, n - 1), inside, tile_m * BM, tile_n * BN, d,
+        in_rows = rows < n
+        columns = tl.minimum(tile_n * BN + tl.arange(0, BN), m - 1)
+        acc = tile_products(x_ptr, w_ptr, tl.minimum(rows, n - 1), columns, tile_m * BM, tile_n * BN, d,
                             sxn, sxd, swm, swd, TMA, EVEN, PRECISION, BM, BN, BK)  # fmt: skip
-        pre, score = tile_scores(acc, inside, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
-        valid = in_rows[:, None] & in_columns[None, :]
-        append(pre, score, columns, rows, valid, value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr, in_rows, SIDE,
-               CAP)  # fmt: skip
-        if AUX:
-            masked = tl.load(mask_ptr + inside) != 0
-            append(pre, score, columns, rows, valid & masked[None, :], aux_value_ptr, aux_index_ptr, aux_count_ptr,
-                   aux_keys_ptr, aux_side_ptr, in_rows, SIDE, AUX_CAP)  # fmt: skip
+        # A part of the columns at a time: beside the accumulators there are few registers for slots and addresses.
+        parts = columns_apart(acc, BM, BN, PARTS)
+        for part in tl.static_range(PARTS):
+            append_tile(
+                parts[part], tile_n * BN + part * (BN // PARTS), m, rows, in_rows, b_ptr, norms_ptr, mask_ptr,
+                value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr,
+                aux_value_ptr, aux_index_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+                BIAS, NORMS, MAGNITUDE, SIDE, AUX, CAP, AUX_CAP, BN // PARTS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -188,7 +209,7 @@ def run_gate(operands: Operands, main: Candidates, aux: Candidates | None) -> No
     gate[(grid,)](
         *o.pointers(), *o.vectors(), o.x if aux is None else aux.mask, *main.arguments(), *second.arguments(),
         o.n, o.m, o.d, *o.strides(), TMA=o.tma, **o.flags(), SIDE=main.side, AUX=aux is not None, CAP=main.sample.cap,
-        AUX_CAP=second.sample.cap, GROUP=o.tiles.group, **o.launch(),
+        AUX_CAP=second.sample.cap, GROUP=o.tiles.group, PARTS=o.tiles.parts, **o.launch(),
     )  # fmt: skip
 
 

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configurations in which the selections and encoders are compiled ahead of time: see `aot`."""
+
+from __future__ import annotations
+
+import torch
+
+from .aot import Job
+from .encode_plan import default_tiles
+
+_NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_MMA = {80: "mma.sync", 90: "wgmma", 100: "tcgen05"}
+_I32 = ("n", "m", "d", "k", "size", "step", "rank", "units", "most", "first")
+_I64 = ("sxn", "sxd", "swm", "swd", "stride_n", "stride_m", "stride")
+_POINTERS = {
+    "keys_ptr": "*i64", "aux_keys_ptr": "*i64", "side_ptr": "*fp32", "aux_side_ptr": "*fp32", "value_ptr": "*fp32",
+    "aux_value_ptr": "*fp32", "index_ptr": "*i32", "aux_index_ptr": "*i32", "count_ptr": "*i32",
+    "aux_count_ptr": "*i32", "bound_ptr": "*i64", "failed_ptr": "*i32", "list_ptr": "*i32", "limit_ptr": "*i32",
+    "mask_ptr": "*u8", "norms_ptr": "*fp32", "scores_ptr": "*fp32", "fill_ptr": "*i32", "indices_ptr": "*i32",
+}  # fmt: skip
+
+
+def _types(name: str, tma: tuple[int, int, int] | None = None) -> dict[str, str]:
+    """Types of all arguments. A unit stride is a constant where the launch specialises on 1."""
+    types = {**_POINTERS, **dict.fromkeys(_I32, "i32"), **dict.fromkeys(_I64, "i32")}
+    types |= {p: f"*{name}" for p in ("x_ptr", "w_ptr", "b_ptr", "values_ptr", "pre_ptr")}
+    if tma is not None:
+        BM, BN, BK = tma
+        types |= {"x_ptr": f"tensordesc<{name}[{BM}, {BK}]>", "w_ptr": f"tensordesc<{name}[{BN}, {BK}]>"}
+    return types
+
+
+_ALIGNED = ("sxn", "swm", "d", "m")
+_UNIT = {"sxd": 1, "swd": 1}
+
+
+def _gemms() -> list[Job]:
+    found = []
+    for arch in (80, 90, 100):
+        for name, dtype in _NAMES.items():
+            t = default_tiles(dtype, 4096, (arch // 10, 0))
+            want = {} if name == "fp32" else {arch: _MMA[arch]}
+            common = {"NORMS": False, "MAGNITUDE": False, "SIDE": False, "BIAS": True, "PRECISION": "ieee",
+                      "BM": t.BM, "BN": t.BN, "BK": t.BK, "GROUP": t.group, **_UNIT}  # fmt: skip
+            options = {"warps": t.warps, "stages": t.stages, "archs": (arch,), "want": want, "aligned": _ALIGNED}
+            tma = arch >= 90 and name != "fp32"
+            where = f"{name}-sm{arch}"
+            found += [
+                Job(f"sample-{where}", "encode_tile", "sample_scores", _types(name), {**common, "EVEN": True},
+                    **options),
+                Job(f"gate-{where}", "encode_topk", "gate", _types(name, (t.BM, t.BN, t.BK) if tma else None),
+                    {**common, "TMA": tma, "AUX": False, "EVEN": True, "CAP": 2048, "AUX_CAP": 2048,
+                     "PARTS": t.parts}, **options),
+                Job(f"repair_scan-{where}", "encode_repair", "repair_scan", _types(name),
+                    {**common, "MASK": False, "EVEN": False, "CAP": 512, "CUT": 16}, **{**options, "hot": False}),
+            ]  # fmt: skip
+            if name == "bf16":
+                found += [
+                    Job(f"gate-norms-aux-{where}", "encode_topk", "gate", _types(name),
+                        {**common, "NORMS": True, "SIDE": True, "TMA": False, "AUX": True, "EVEN": False, "CAP": 2048,
+                         "AUX_CAP": 4096, "PARTS": t.parts}, **{**options, "hot": False}),
+                ]  # fmt: skip
+    return found
+
+
+def _selections() -> list[Job]:
+    flags = {"BIAS": True, "NORMS": False, "MASK": False, "MAGNITUDE": False}
+    bf16, fp32 = _types("bf16"), _types("fp32")
+    return [
+        Job("scan_rows-bf16-k64", "select", "scan_rows", bf16,
+            {**flags, "BIAS": False, "FRESH": True, "SIDE": True, "ROWS": 1, "BLOCK": 4096, "CAP": 128, "stride_m": 1},
+            aligned=("m", "stride_n"), warps=8),
+        Job("scan_rows-fp32-k512-later", "select", "scan_rows", {**fp32, "b_ptr": "*bf16"},
+            {**flags, "FRESH": False, "SIDE": False, "ROWS": 1, "BLOCK": 4096, "CAP": 1024, "stride_m": 1},
+            aligned=("m", "stride_n"), warps=8),
+        Job("scan_rows-k4096", "select", "scan_rows", {**fp32, "b_ptr": "*bf16"},
+            {**flags, "NORMS": True, "MASK": True, "FRESH": False, "SIDE": True, "ROWS": 1, "BLOCK": 4096, "CAP": 8192,
+             "stride_m": 1}, aligned=("m", "stride_n"), warps=16),
+        Job("scan_rows-narrow", "select", "scan_rows", bf16,
+            {**flags, "BIAS": False, "FRESH": True, "SIDE": True, "ROWS": 16, "BLOCK": 64, "CAP": 16, "stride_m": 1},
+            warps=2),
+        Job("make_keys", "select", "make_keys", {**fp32, "b_ptr": "*bf16"},
+            {**flags, "SIDE": True, "ROWS": 1, "BLOCK": 4096, "stride_m": 1}, aligned=("m",), warps=4),
+        Job("emit_rows-k64", "select", "emit_rows", bf16,
+            {"COUNT": True, "SIDE": False, "FILL": False, "RELU": True, "SORTED": False, "ROWS": 16, "BLOCK": 64,
+             "CHUNK": 4}, aligned=("stride",)),
+        Job("emit_rows-k512-fill", "select", "emit_rows", bf16,
+            {"COUNT": True, "SIDE": True, "FILL": True, "RELU": True, "SORTED": False, "ROWS": 2, "BLOCK": 512,
+             "CHUNK": 4}, aligned=("stride",)),
+        Job("emit_rows-sorted", "select", "emit_rows", bf16,
+            {"COUNT": False, "SIDE": True, "FILL": False, "RELU": False, "SORTED": True, "ROWS": 1, "BLOCK": 1024,
+             "CHUNK": 4}),
+        Job("row_bounds-4096", "encode_topk", "row_bounds", bf16, {"MASK": False, "ROWS": 1, "BLOCK": 4096},
+            aligned=("size",), warps=8),
+        Job("row_bounds-16384", "encode_topk", "row_bounds", bf16, {"MASK": True, "ROWS": 1, "BLOCK": 16384},
+            aligned=("size",), warps=16),
+        Job("certify-2048", "encode_topk", "certify", bf16, {"LIMIT": False, "SIDE": False, "ROWS": 1, "CAP": 2048},
+            warps=4),
+        Job("certify-4096-side", "encode_topk", "certify", bf16, {"LIMIT": True, "SIDE": True, "ROWS": 1, "CAP": 4096},
+            warps=8),
+        Job("repair_merge-k64", "encode_repair", "repair_merge", bf16,
+            {"SIDE": False, "FILL": False, "RELU": True, "BM": 128, "CAP": 512, "SPLITS": 32, "K": 64, "CHUNK": 64},
+            warps=4, hot=False),
+    ]  # fmt: skip
+
+
+JOBS = _gemms() + _selections()
