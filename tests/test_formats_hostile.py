@@ -209,7 +209,7 @@ for _name, _changes, _message in (
     ("text for a number", {"d_in": "12"}, r"cfg.json: field 'd_in' must be a whole number, got str '12'"),
     ("negative", {"d_sae": -4}, r"cfg.json: field 'd_sae' must be between 1 and 2147483647, got -4"),
     ("enormous", {"d_sae": 2**40}, r"cfg.json: field 'd_sae' must be between 1 and 2147483647, got 1099511627776"),
-    ("another size", {"d_sae": 41}, r"sae_weights.safetensors: 'W_enc' must have shape \[12, 41\], got \[12, 40\]"),
+    ("another size", {"d_sae": 41}, r"safetensors: tensor 'W_enc' must have shape \[12, 41\], got \[12, 40\]"),
     ("dtype", {"dtype": "float33"}, r"field 'dtype' must be one of 'float32', .*got 'float33'"),
     ("dtype of code", {"dtype": "__import__('os')"}, r"field 'dtype' must be one of 'float32', .*got"),
     ("architecture", {"architecture": "magic"}, r"field 'architecture' must be one of 'standard', .*got 'magic'"),
@@ -550,6 +550,24 @@ def openai_activation(tmp):
 def openai_postact(tmp):
     path = w.openai(tmp).path
     edit_tensors(path, activation_state_dict={"k": K, "postact_fn": "eval"})
+    return path
+
+
+@case(r"sae.pth: m must be between 1 and 2147483647, got 0")
+def no_latents(tmp):
+    path = w.linear(tmp, "goodfire").path
+    shapes = {"encoder_linear": ((0, D), 0), "decoder_linear": ((D, 0), D)}
+    tensors = {f"{k}.{n}": torch.zeros(s) for k, (a, b) in shapes.items() for n, s in (("weight", a), ("bias", b))}
+    torch.save(tensors, path)
+    return path
+
+
+@case(r"sae.pth: d must be at least 1, got 0")
+def no_width(tmp):
+    path = w.linear(tmp, "goodfire").path
+    shapes = {"encoder_linear": ((M, 0), M), "decoder_linear": ((0, M), 0)}
+    tensors = {f"{k}.{n}": torch.zeros(s) for k, (a, b) in shapes.items() for n, s in (("weight", a), ("bias", b))}
+    torch.save(tensors, path)
     return path
 
 

@@ -121,17 +121,15 @@ class Tensors:
     def _finite(self, name: str, tensor: Tensor, infinite: bool) -> None:
         rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
         step = max(1, _PART // max(1, rows[:1].numel()))
-        for start in range(0, len(rows), step):
+        for start in range(0, len(rows) if rows.numel() else 0, step):
             part = rows[start : start + step]
-            bad = ~torch.isfinite(part)
-            if infinite:
-                bad &= part != torch.inf
-            if bool(bad.any()):
-                first = bad.nonzero()[0]
-                at = [int(first[0]) + start, *map(int, first[1:])]
-                raise self.error(
-                    name, f"holds values that are not finite, the first at {at}: {float(part[tuple(first)])}"
-                )
+            low, high = torch.aminmax(part)  # one pass, and NaN where there is one
+            if bool(torch.isfinite(low)) and (bool(torch.isfinite(high)) or (infinite and high == torch.inf)):
+                continue
+            bad = ~torch.isfinite(part) & ~((part == torch.inf) & infinite)
+            first = bad.nonzero()[0]
+            at = [int(first[0]) + start, *map(int, first[1:])]
+            raise self.error(name, f"holds values that are not finite, the first at {at}: {float(part[tuple(first)])}")
 
 
 def open_tensors(path: Path, wanted: str, inside: str | None = None) -> Tensors:
