@@ -309,6 +309,12 @@ def test_expected_average_scales(tmp_path):
     same(folded(x).detach(), written.decode(written.encode(2.5 * x), x) / 2.5, "output")
     w.text(written.path / "activation_scaler.json", {"scaling_factor": 2.5})
     assert torch.equal(fusae.load(written.path, dtype="float64").W_enc, folded.W_enc)
+    transcoder = w.saelens(tmp_path / "t", "transcoder", normalize_activations="expected_average_only_in").path
+    with pytest.raises(FormatError, match="give it as input_scale="):  # nothing says what its output is scaled by
+        fusae.load(transcoder, input_scale=2.5)
+    assert fusae.load(transcoder, input_scale=1.0).config.d_out == w.OUT
+    with pytest.raises(FormatError, match="'normalize_activations' is 'none', so input_scale must not be given"):
+        fusae.load(w.saelens(tmp_path / "n", "standard").path, input_scale=2.0)
     norm = w.saelens(
         tmp_path / "b", "batchtopk", normalize_activations="expected_average_only_in", rescale_acts_by_decoder_norm=True
     )
@@ -327,6 +333,17 @@ def test_negative_thresholds_are_zero_behind_a_relu(tmp_path):
     t = {name: value.double() for name, value in tensors.items()}
     wanted = w.jump((x.double() - t["b_dec"]) @ t["W_enc"] + t["b_enc"], t["threshold"])
     same(fusae.load(written.path, dtype="float64").encode(x.double()).to_dense().detach(), wanted, "codes")
+
+
+def test_logarithms_of_thresholds(tmp_path):
+    """As SAELens had them in checkpoints of training."""
+    written = w.saelens(tmp_path / "a", "jumprelu")
+    path = written.path / "sae_weights.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    wanted = fusae.load(written.path).threshold.clone()
+    tensors["log_threshold"] = tensors.pop("threshold").log()
+    w.store(path, tensors)
+    torch.testing.assert_close(fusae.load(written.path).threshold.detach(), wanted, rtol=1e-6, atol=0)
 
 
 def test_metadata(tmp_path):
