@@ -185,8 +185,8 @@ def _model(dictionary):
 def _dictionary(kind):
     if kind.startswith("clt"):
         clt = _clt(kind.removeprefix("clt "))
+        clt.b_enc.data += kind == "clt jump_relu"
         clt.feature_input_hook, clt.feature_output_hook = "mlp.hook_in", "mlp.hook_out"
-        clt.b_enc.data += 1
         return clt
     coders = {}
     for layer in range(LAYERS):
@@ -195,13 +195,14 @@ def _dictionary(kind):
         for p in coder.parameters():
             if p.ndim > 0 and p is not getattr(act, "threshold", None):
                 p.data.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(layer)) / 4)
+        coder.b_enc.data -= kind != "jumprelu"  # few latents are active
         coders[layer] = coder
     return TranscoderSet(coders, feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk", "jumprelu", "clt relu", "clt jump_relu"])
 def test_attribution_graphs_and_interventions(kind, route, tokenizer, monkeypatch):
-    from circuit_tracer.attribution.attribute_transformerlens import attribute
+    from circuit_tracer.attribution.attribute import attribute
 
     model, tokens = _model(_dictionary(kind)), torch.tensor([0, 3, 4, 3, 2, 5, 3, 8])
     kept = model.state_dict().keys()
