@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,31 +105,46 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        number = 0
-        for group in self.param_groups:
-            options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "decoupled", "backend")}
-            for param in group["params"]:
-                number += 1
-                if param.grad is None:
-                    continue
-                state = self.state_of(param)
-                # Counted only when the update went through: a raised step leaves the state as it was.
-                options["step"] = state["step"] + 1
-                options["seed"] = None if group["seed"] is None else group["seed"] + number
-                none = param.new_empty(0, dtype=state["exp_avg_sq"].dtype)
-                held = [state.get("exp_avg", none), state["exp_avg_sq"], state.get("master")]
-                if param.ndim == 2:
-                    flags = {name: group[name] for name in ("masked", "project", "renormalise")}
-                    adam_rows_(
-                        param, *held[:2], param.grad, last_step=state.get("last_step"), master=held[2], **options,
-                        **flags,
-                    )  # fmt: skip
-                else:
-                    grad = param.grad.to_dense() if param.grad.layout == torch.sparse_coo else param.grad
-                    row = [None if t is None else t.view(1, -1) for t in (param, *held)]
-                    adam_rows_(*row[:3], grad.reshape(1, -1), master=row[3], **options)
-                state["step"] += 1
+        for number, (param, group) in enumerate(self._params(), 1):
+            if param.grad is not None:
+                self._update(param, group, number)
         return loss
+
+    @torch.no_grad()
+    def step_one(self, param: Tensor) -> None:
+        """Step one parameter by its gradient and drop that, so that `step` passes it by.
+
+        For ``param.register_post_accumulate_grad_hook``: gradients are then used up one by one while the backward pass
+        goes on, and need not all be there at the same time. Nothing that runs later in that pass may read `param`.
+        """
+        for number, (known, group) in enumerate(self._params(), 1):
+            if known is param:
+                self._update(param, group, number)
+                param.grad = None
+                return
+        raise ValueError("param must be one of this optimiser's")
+
+    def _params(self) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+        return ((param, group) for group in self.param_groups for param in group["params"])
+
+    def _update(self, param: Tensor, group: dict[str, Any], number: int) -> None:
+        """The step of parameter `number` of all (its seed)."""
+        options = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "decoupled", "backend")}
+        state = self.state_of(param)
+        options["seed"] = None if group["seed"] is None else group["seed"] + number
+        none = param.new_empty(0, dtype=state["exp_avg_sq"].dtype)
+        held = [state.get("exp_avg", none), state["exp_avg_sq"], state.get("master")]
+        # Counted only when the update went through: a raised step leaves the state as it was.
+        options["step"] = state["step"] + 1
+        if param.ndim == 2:
+            flags = {name: group[name] for name in ("masked", "project", "renormalise")}
+            lazy = {"last_step": state.get("last_step"), "master": held[2]}
+            adam_rows_(param, *held[:2], param.grad, **lazy, **options, **flags)
+        else:
+            grad = param.grad.to_dense() if param.grad.layout == torch.sparse_coo else param.grad
+            row = [None if t is None else t.view(1, -1) for t in (param, *held)]
+            adam_rows_(*row[:3], grad.reshape(1, -1), master=row[3], **options)
+        state["step"] += 1
 
     def state_of(self, param: Tensor) -> dict[str, Any]:
         """``step`` and the tensors of a parameter's state; made where it has none yet: all 0, `master` its copy."""

@@ -11,7 +11,7 @@ import torch
 from ..optim import state_layout
 from ..train import TrainConfig
 from ..train.forms import FORMS, UNBOUNDED
-from ..train.optimiser import MATRICES, new_training_coder, optimizer_options
+from ..train.optimiser import MATRICES, new_training_coder, optimizer_options, steps_early
 
 # Of a selection's candidates on the CPU, and of a slab of packed weights.
 _STATE, _SLAB = 64 << 20, 2048
@@ -85,12 +85,13 @@ def needs(config: TrainConfig, device: str = "cpu") -> Needs:
     entries = entries_of(config)
     rows = touched(m, entries // config.layers)
     itemsize = 2 if config.dtype == "bfloat16" else torch.finfo(getattr(torch, config.dtype)).bits // 8
-    grads = vectors + sum(rows * p.shape[1] * p.element_size() for p in matrices.values())
+    early = steps_early(config)
+    grads = vectors + _gradients(matrices, rows, early)
     # Values and indices, their gradients, and the entries sorted by latent: order, row, and where each latent starts.
     codes = entries * (2 * (itemsize + 4) + 12) + 8 * (m + 1) * config.layers
     if config.dtype == "bfloat16" and config.weights == "float32":
         scratch = sum(2 * p.numel() for p in matrices.values())  # autocast's copies, kept for the backward pass
-        grads += sum(rows * p.shape[1] * 2 for p in matrices.values())
+        grads += _gradients(matrices, rows, early) // 2  # of the copies, on their way to float32
     else:
         scratch = 0
     ragged = FORMS[config.form].select in ("batch_topk", *UNBOUNDED)
@@ -114,6 +115,13 @@ def needs(config: TrainConfig, device: str = "cpu") -> Needs:
     }
     parts = {name: size for name, size in parts.items() if size}
     return Needs(parts, itemsize * n * (2 * width + 3 * out) + codes, sum(p.numel() for p in named.values()), rows)
+
+
+def _gradients(matrices: dict[str, torch.Tensor], rows: int, early: bool) -> int:
+    """Of as many touched rows; where decoder rows are stepped early, encoder or decoder at a time."""
+    sizes = {kind: sum(rows * p.shape[1] * p.element_size() for name, p in matrices.items() if name.endswith(kind))
+             for kind in MATRICES}  # fmt: skip
+    return max(sizes.values()) if early else sum(sizes.values())
 
 
 def bytes_per_parameter(config: TrainConfig) -> dict[str, float]:

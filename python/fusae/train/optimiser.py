@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +17,11 @@ from .forms import new_coder
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-__all__ = ["MOMENTS", "check_optimiser", "new_optimizer", "new_training_coder", "optimizer_options"]
+__all__ = ["MOMENTS", "check_optimiser", "new_optimizer", "new_training_coder", "optimizer_options",
+           "stepping_early", "steps_early"]  # fmt: skip
 
 MATRICES = ("W_enc", "W_dec")
+_DECODER_READ_ONCE = ("topk", "abs", "group_max", "batch_topk", "matryoshka", "hierarchical")
 
 
 def check_optimiser(config: TrainConfig) -> None:
@@ -71,3 +75,27 @@ def new_optimizer(coder: SparseCoder | CrossLayerTranscoder, config: TrainConfig
         {"params": [p for name, p in named if not name.endswith(MATRICES)], **rest},
     ]
     return Adam(groups, config.lr, (config.beta1, config.beta2), config.eps)
+
+
+def steps_early(config: TrainConfig) -> bool:
+    """Whether decoder rows are stepped as soon as their gradient is there, before the encoder has one: not where the
+    norm of all gradients is wanted first, nor where the backward pass reads the decoder again."""
+    return config.clip_norm is None and config.form in _DECODER_READ_ONCE
+
+
+@contextlib.contextmanager
+def stepping_early(
+    coder: SparseCoder | CrossLayerTranscoder, optimizer: Adam, config: TrainConfig
+) -> Iterator[None]:
+    """Around a backward pass; see `steps_early`. The gradients of decoder and encoder are the largest passing tensors
+    of a step: so they are not there at the same time."""
+    handles = [
+        param.register_post_accumulate_grad_hook(optimizer.step_one)
+        for name, param in (coder.named_parameters() if steps_early(config) else ())
+        if name.endswith("W_dec")
+    ]
+    try:
+        yield
+    finally:  # not kept: a coder with hooks would hold on to its optimiser, and step when others train it
+        for handle in handles:
+            handle.remove()

@@ -13,7 +13,7 @@ from ..nn.objectives.nested import nested_terms
 from .config import TrainConfig
 from .feed import Feed
 from .forms import objective, prefixes_of
-from .optimiser import new_optimizer, new_training_coder
+from .optimiser import new_optimizer, new_training_coder, stepping_early
 
 
 def open_batches(config: TrainConfig, source: Any) -> tuple[Any, TrainConfig]:
@@ -65,8 +65,10 @@ def try_ops(config: TrainConfig, device: torch.device) -> list[str]:
     x, target = (coder.b_dec.new_ones(2, width) for width in (config.input_width, coder.b_dec.numel()))
     with autocast(config, device):
         result = objective(config, m)(coder, x, target, Moment(dead, variance=1.0))
-    result.loss.backward()
-    new_optimizer(coder, config).step()
+    optimizer = new_optimizer(coder, config)
+    with stepping_early(coder, optimizer, config):
+        result.loss.backward()
+    optimizer.step()
     if config.form == "matryoshka":  # named by its prefixes, which were cut to the few latents here
         return list(nested_terms(prefixes_of(config), torch.zeros(len(prefixes_of(config)))))
     return list(result.terms)

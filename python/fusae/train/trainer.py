@@ -26,7 +26,7 @@ from .forms import objective
 from .interrupt import interruptible
 from .measure import Scaling, measure
 from .metrics import Interval, MetricsLog, check_tensorboard
-from .optimiser import new_optimizer, new_training_coder
+from .optimiser import new_optimizer, new_training_coder, stepping_early
 from .progress import TrainingDisplay
 from .rows import open_data
 from .run_dir import CODER, locked, merge, prepare, start_files
@@ -152,7 +152,8 @@ class Trainer:
         moment = Moment(dead, k_aux, variance, config.ramp_at(self.step + 1), self.step)
         with autocast(config, self.device):
             result = self.objective(coder, x, target, moment)
-        result.loss.backward()
+        with stepping_early(coder, self.optimizer, config):
+            result.loss.backward()
         norm = None if config.clip_norm is None else self.optimizer.clip_grad_norm_(config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
