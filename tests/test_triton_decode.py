@@ -168,7 +168,8 @@ def test_pitfall_08_entries_that_did_not_fit_are_left_out(no_checks):
 
 def test_pitfall_15_storage_not_in_use_is_never_read():
     values, indices, offsets, W, b, goal = inputs(ragged=True)
-    longer = torch.cat([values, values.new_full((7,), torch.nan)]), torch.cat([indices, indices.new_full((7,), 2**31 - 1)])
+    tails = values.new_full((7,), torch.nan), indices.new_full((7,), 2**31 - 1)
+    longer = torch.cat([values, tails[0]]), torch.cat([indices, tails[1]])
     assert_equal(run("decode_fwd", *longer, offsets, W, b), run("decode_fwd", values, indices, offsets, W, b))
     got, wanted = (run("decode_bwd", goal, *c, offsets, W, True, True, False) for c in (longer, (values, indices)))
     assert_equal(got[2], wanted[2])
