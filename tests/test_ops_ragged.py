@@ -208,8 +208,12 @@ def test_a_value_that_rounds_to_zero_gets_no_gradient(target):
     with target.active():
         codes, _ = fusae.encode_batch_topk(0.25 * x, W, b, 2, sparse_grad=True)
         top = fusae.encode_topk(0.25 * x, W, b, 2, sparse_grad=True)
-        assert (codes.to_dense() == top.to_dense()).all() and int(codes.l0) == 1
-        for values in (codes.values, top.values):
+        above = fusae.encode_threshold(0.25 * x, W, b, 0.0, sparse_grad=True)
+        window, l0 = fusae.encode_threshold(0.25 * x, W, b, 1e-9, bandwidth=1.5e-9, sparse_grad=True)
+        for other in (top, above, window):
+            assert (codes.to_dense() == other.to_dense()).all() and int(other.l0) == 1
+        assert int(l0) == 2  # counted before rounding, as it is compared
+        for values in (codes.values, top.values, above.values, window.values):
             (grad,) = torch.autograd.grad(values.sum(), W)
             assert grad.coalesce().indices().tolist() == [[0]]
 

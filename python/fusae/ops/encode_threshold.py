@@ -53,20 +53,23 @@ class _EncodeThreshold(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, W_enc, _, threshold, _, ctx.bandwidth, _, ctx.straight_through, ctx.row_sparse, ctx.backend = inputs
-        _, indices, offsets, state, l0 = output
+        values, indices, offsets, state, l0 = output
         ctx.mark_non_differentiable(indices, offsets, state, *(() if ctx.bandwidth else (l0,)))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, W_enc, threshold, indices, offsets, state)
+        ctx.save_for_backward(x, W_enc, threshold, values, indices, offsets, state)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_values, _, __, ___, grad_l0):
         if grad_values is None and grad_l0 is None:
             return (None,) * 10
-        x, W_enc, threshold, indices, offsets, state = ctx.saved_tensors
+        x, W_enc, threshold, values, indices, offsets, state = ctx.saved_tensors
         need_x, need_W, need_b, need_threshold = ctx.needs_input_grad[:4]
-        grad_pre, grad_threshold = grad_values, None
-        if ctx.bandwidth:
+        grad_threshold = None
+        if not ctx.bandwidth:  # above the threshold, but rounded to 0 in 16 bits: padding
+            grad_pre = torch.where(values != 0, grad_values, 0.0)
+        else:
+            state = torch.where(values != 0, state, state & 2)  # likewise; its window still counts
             grad_pre, grad_threshold = _bwd(
                 indices, offsets, state, grad_values, grad_l0, threshold, ctx.bandwidth, ctx.straight_through,
                 need_threshold, backend=ctx.backend,
@@ -130,7 +133,7 @@ def encode_threshold(
         ``[n]`` float32 is the number of latents above their threshold in every row, differentiable by the same window:
         any loss of the values and of l0 trains the thresholds.
 
-        Gradients: `x`, `W_enc` and `b_enc` through the entries above their threshold. With `bandwidth`, for
+        Gradients: `x`, `W_enc` and `b_enc` through the entries above their threshold whose value is not 0. With `bandwidth`, for
         ``in_window = |pre - threshold| < bandwidth / 2`` and the gradients g of a value and g0 of its row's l0,
         ``threshold.grad[j] = -Σ_i in_window[i, j] (threshold[j] g[i, j] + g0[i]) / bandwidth``; `straight_through` adds
         the terms of that sum, without the minus sign, to the gradients of their pre-activations. There is no

@@ -104,21 +104,21 @@ def encode_topk_grads(
 
 class _Step(torch.autograd.Function):
     """``gain · H(pre - threshold)`` with H's derivative taken as ``1 / bandwidth`` in the open window around the
-    threshold; `through` gives it to `pre` too. `gain` is 1, or `pre` itself, for JumpReLU (then threshold at the jump).
+    threshold; `through` gives it to `pre` too. `gain` is 1, or with `active` ``[n, m]`` (the entries above their
+    threshold that did not round to 0) `pre` itself, for JumpReLU (then threshold at the jump).
     """
 
     @staticmethod
-    def forward(ctx, pre, threshold, bandwidth, through, jump):
-        ctx.save_for_backward(pre, threshold)
-        ctx.options = bandwidth, through, jump
-        above = ~(pre <= threshold)
-        return torch.where(above, pre, 0.0) if jump else above.to(pre.dtype)
+    def forward(ctx, pre, threshold, bandwidth, through, active):
+        ctx.save_for_backward(pre, threshold, active)
+        ctx.options = bandwidth, through
+        return (~(pre <= threshold)).to(pre.dtype) if active is None else torch.where(active, pre, 0.0)
 
     @staticmethod
     def backward(ctx, grad):
-        (pre, threshold), (bandwidth, through, jump) = ctx.saved_tensors, ctx.options
-        ramp = grad * ((pre - threshold).abs() < bandwidth / 2) / bandwidth * (threshold if jump else 1.0)
-        grad_pre = (grad * ~(pre <= threshold) if jump else 0.0) + (ramp if through else torch.zeros_like(ramp))
+        (pre, threshold, active), (bandwidth, through) = ctx.saved_tensors, ctx.options
+        ramp = grad * ((pre - threshold).abs() < bandwidth / 2) / bandwidth * (1.0 if active is None else threshold)
+        grad_pre = (0.0 if active is None else grad * active) + (ramp if through else torch.zeros_like(ramp))
         return grad_pre, -ramp.sum(0), None, None, None
 
 
@@ -138,14 +138,16 @@ def encode_threshold_grads(
     used = int(codes.offsets[-1])
     place = codes.row_ids()[:used], codes.indices[:used].long()
     bandwidth = inputs.get("bandwidth")
+    live = codes.values[:used] != 0
     if bandwidth is None:  # every stored entry is above
         leaves.pop("threshold", None)
-        loss = (pre[place] * grad[:used].double()).sum()
+        loss = (pre[place] * grad[:used].double())[live].sum()
     else:
         threshold = leaves.get("threshold", pre.new_full((codes.m,), 0.0) + inputs["threshold"])
         options = bandwidth, inputs.get("straight_through", False)
-        loss = (_Step.apply(pre, threshold, *options, True)[place] * grad[:used].double()).sum()
-        loss = loss + (_Step.apply(pre, threshold, *options, False).sum(1) * grad_l0.double()).sum()
+        active = torch.zeros_like(pre, dtype=torch.bool).index_put_(place, live)
+        loss = (_Step.apply(pre, threshold, *options, active)[place] * grad[:used].double()).sum()
+        loss = loss + (_Step.apply(pre, threshold, *options, None).sum(1) * grad_l0.double()).sum()
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 

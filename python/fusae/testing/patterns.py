@@ -127,6 +127,13 @@ def subnormal(n: int, d: int, m: int, gen: Generator):
     return x * 2.0**-149, W, torch.zeros_like(b)
 
 
+def rounds_to_zero(n: int, d: int, m: int, gen: Generator):
+    """Sums that are a few times 2^-26: float16 rounds those of 1 and 2 times it to 0, float32 and bfloat16 none."""
+    x, W, b = integers(n, d, m, gen)
+    x[:, 2:] = 0  # few terms, so that many sums are small
+    return x * 2.0**-13, W * 2.0**-13, torch.zeros_like(b)
+
+
 def one_hot_latent(n: int, d: int, m: int, gen: Generator):
     """One latent is active in every row, the others seldom: the longest possible sum in the backward pass."""
     x, W, b = normal(n, d, m, gen)
@@ -138,7 +145,7 @@ ENCODER: dict[str, Callable] = {
     f.__name__: f
     for f in (
         normal, integers, wide_integers, overflow, zero_x, negative_zero, equal_latents, duplicates, monotone,
-        few_positive, all_negative, nan_rows, nan_latent, nan_many, infinite, subnormal, one_hot_latent,
+        few_positive, all_negative, nan_rows, nan_latent, nan_many, infinite, subnormal, rounds_to_zero, one_hot_latent,
     )
 }  # fmt: skip
 EXACT = frozenset(ENCODER) - {"normal", "one_hot_latent"}

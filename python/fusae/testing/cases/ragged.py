@@ -102,6 +102,7 @@ ENCODE_THRESHOLD = [
     encode_threshold(37, 64, 9001, 30.0, pattern="infinite", dtypes=(FP32, BF16, FP16)),
     encode_threshold(37, 64, 9001, INF, "infinite_and_threshold_too", pattern="infinite"),
     encode_threshold(37, 64, 700, 0.0, pattern="subnormal", dtypes=(FP32, FP64)),
+    encode_threshold(37, 64, 700, 0.0, pattern="rounds_to_zero", dtypes=ALL),
     encode_threshold(199, 64, 300, 3.0, pattern="one_hot_latent"),
     # With a window: on integers and quarters, entries lie on both of its edges (which are outside) and on thresholds.
     encode_threshold(37, 64, 700, (0.5, 3.0), bandwidth=0.5, dtypes=ALL),
@@ -113,6 +114,8 @@ ENCODE_THRESHOLD = [
     encode_threshold(0, 64, 96, 1.0, bandwidth=1.0),
     encode_threshold(17, 64, 300, 2.0, "window_of_everything", pattern="integers", bandwidth=1e6),
     encode_threshold(37, 64, 700, 0.0, pattern="negative_zero", bandwidth=1.0),
+    encode_threshold(37, 64, 700, 2.0**-26, pattern="rounds_to_zero", bandwidth=2.0**-25, straight_through=True,
+                     dtypes=ALL),
     encode_threshold(37, 64, 900, 20.0, pattern="nan_latent", bandwidth=8.0),
     encode_threshold(37, 64, 900, INF, "infinite_window", pattern="infinite", bandwidth=8.0),
 ]  # fmt: skip

@@ -79,19 +79,22 @@ def threshold_backward(case: Case, inputs: Inputs, target: Target, gen: torch.Ge
     def plain(dtype: torch.dtype) -> dict[str, Tensor]:
         """The reference in `dtype`, on the stored entries."""
         acc, coef, extra = reference.accumulator(dtype), grad.to(dtype), {}
+        active = codes.values != 0  # positive, but rounded to 0 in 16 bits: padding
         limits = _limits(inputs, codes.m, acc)
         if bandwidth is not None:
             truth = oracles.scores(inputs, case.exact)
             place = codes.row_ids()[:used], codes.indices[:used].long()
             pre, limit = truth.pre[place], limits.double()[place[1]]
             state = codes.indices.new_zeros(len(codes.indices), dtype=torch.uint8)
-            state[:used] = ~(pre <= limit) + 2 * ((pre - limit).abs() < bandwidth / 2)
+            state[:used] = (active[:used] & ~(pre <= limit)) + 2 * ((pre - limit).abs() < bandwidth / 2)
             near = ((pre - limit).abs() <= truth.band) | (((pre - limit).abs() - bandwidth / 2).abs() <= truth.band)
             if not case.exact and bool(near.any()):
                 raise ValueError(f"{case}: an entry lies on an edge of the window, no oracle knows its side; change it")
             coef, extra["threshold"] = reference.encode_threshold_bwd(
                 codes.indices, codes.offsets, state, coef, grad_l0.to(acc), limits, bandwidth, through, True
             )
+        else:
+            coef = torch.where(active, coef, 0.0)
         return {**encode_reference(coef, codes.indices, codes.offsets, x.to(dtype), W.to(dtype)), **extra, "coef": coef}
 
     wanted = plain(x.dtype)
