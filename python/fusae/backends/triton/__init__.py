@@ -10,8 +10,8 @@ __all__ = ["TABLE", "by_name_only", "unavailable"]
 TABLE: dict = {}
 
 if unavailable() is None:  # nothing of Triton is imported where it cannot run
-    from . import decode, dense, encode, latents, optimiser, selection
+    from . import decode, dense, encode, latents, optimiser, ragged, selection
     from .encode import force_encoder as force_encoder
 
-    for _family in (selection, encode, decode, latents, dense, optimiser):
+    for _family in (selection, encode, ragged, decode, latents, dense, optimiser):
         TABLE |= _family.TABLE

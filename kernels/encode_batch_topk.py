@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`encode_batch_topk`: the pivot of the batch bit by bit, then what is above it (`encode_ragged`). No ``[n, m]``.
+
+The n·k-th largest score is found by its bits, 11 at a time: three passes over the products count the scores that begin
+as the pivot does. A fourth counts, by row and range of columns, those that equal it: rows take them in order until n·k
+are reached. Two more count and write. So it is exact for any input, in no more memory than the counts, and without a
+host sync; and it takes six passes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .encode_ragged import count_scores, scan_ragged
+from .encode_threshold import SPLITS, places
+from .encode_tile import Operands, programs
+
+_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits)
+
+
+def find_pivot(o: Operands, wanted: int) -> tuple[Tensor, Tensor]:
+    """The ordered score of the `wanted`-th largest entry, and how many entries equal to it are among them."""
+    device = o.x.device
+    prefix = torch.zeros(1, dtype=torch.int32, device=device)
+    left = torch.full((1,), wanted, dtype=torch.int64, device=device)
+    for shift, bits in _DIGITS:
+        bins = torch.zeros(1 << bits, dtype=torch.int64, device=device)
+        _count(o, prefix, bins, bins, SHIFT=shift, BITS=bits, EQUAL=False)
+        from_above = bins.flip(0).cumsum(0)
+        at = (from_above < left).sum().view(1)
+        before = torch.where(at > 0, from_above.gather(0, (at - 1).clamp(min=0)), 0)
+        left = left - before
+        digit = (1 << bits) - 1 - at
+        prefix = (prefix.long() & 0xFFFFFFFF | digit << shift).to(torch.int32)  # wraps to the same bits
+    return prefix ^ -(2**31), left
+
+
+def _count(o: Operands, prefix: Tensor, bins: Tensor, equal: Tensor, **constants: object) -> None:
+    count_scores[(min(programs(o.x.device), o.tiles_m * o.tiles_n),)](
+        o.x, o.W, *o.vectors(), prefix, bins, equal, o.n, o.m, o.d, *o.strides(), **constants, SPLITS=SPLITS,
+        **o.flags(), GROUP=o.tiles.group, **o.launch(),
+    )  # fmt: skip
+
+
+def select_batch(o: Operands, k: int, relu: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """values, indices ``[n·k]``, offsets, the smallest positive score that was selected."""
+    n, device, size = o.n, o.x.device, o.n * k
+    values = torch.zeros(size, dtype=o.x.dtype, device=device)
+    indices = torch.zeros(size, dtype=torch.int32, device=device)
+    smallest = torch.full((), torch.inf, dtype=torch.float32, device=device)
+    if n == 0:
+        return values, indices, torch.zeros(1, dtype=torch.int64, device=device), smallest
+    pivot, ties = find_pivot(o, size)
+    equal = torch.zeros(n, SPLITS, dtype=torch.int32, device=device)
+    _count(o, pivot, equal, equal, SHIFT=0, BITS=1, EQUAL=True)
+    per_row = equal.sum(1)
+    before = per_row.cumsum(0) - per_row
+    quota = torch.minimum((ties - before).clamp(min=0), per_row).to(torch.int32)
+    equal = (equal.cumsum(1) - equal).to(torch.int32)  # in the ranges before
+    count = torch.empty(n, SPLITS, dtype=torch.int32, device=device)
+
+    def scan(place: Tensor, write: bool) -> None:
+        scan_ragged[(programs(device),)](
+            o.x, o.W, *o.vectors(), values, pivot, equal, quota, count, place, values, indices, indices,
+            smallest.view(torch.int32), n, o.m, o.d, size, 0.0, *o.strides(), BATCH=True, RELU=relu, WRITE=write,
+            WINDOW=False, **o.flags(), SPLITS=SPLITS, CAP=16, **o.launch(),
+        )  # fmt: skip
+
+    scan(count, False)
+    offsets, place = places(count)
+    scan(place, True)
+    return values, indices, offsets, smallest
