@@ -188,6 +188,20 @@ def yaml_aliases(tmp):
     return path
 
 
+@case(r"config.yaml: 300000 bytes are too many for a configuration")
+def yaml_huge(tmp):
+    path = w.circuit_tracer(tmp)[0].path
+    (path / "config.yaml").write_text("#" * 300_000)
+    return path
+
+
+@case(r"config.yaml: truncated, damaged or no YAML \(.*recursion")
+def yaml_deep(tmp):
+    path = w.circuit_tracer(tmp)[0].path
+    (path / "config.yaml").write_text("[" * 20_000 + "]" * 20_000)
+    return path
+
+
 @case(r"config.yaml: truncated, damaged or no YAML \(could not determine a constructor for the tag")
 def yaml_object(tmp):
     path = w.circuit_tracer(tmp)[0].path

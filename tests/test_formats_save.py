@@ -215,8 +215,12 @@ def test_own_format(tmp_path):
     coder = fusae.load(w.openai(tmp_path / "in").path)
     again = fusae.load(formats.save(coder, tmp_path / "out"))
     x = w.rand(5, D)
-    assert again.config == coder.config
+    assert again.config == coder.config and again.metadata == coder.metadata == {"format": "openai"}
     close(again(x), coder(x))
+    lens = fusae.load(w.saelens(tmp_path / "lens", "topk").path)  # to ours, and back
+    back = formats.save(fusae.load(formats.save(lens, tmp_path / "way")), tmp_path / "back", "saelens")
+    cfgs = [json.loads((folder / "cfg.json").read_text())["metadata"] for folder in (tmp_path / "lens", back)]
+    assert cfgs[0].items() <= cfgs[1].items()
 
 
 def test_arguments(tmp_path):

@@ -14,7 +14,7 @@ from .. import _fields
 from ..nn.config import DTYPES
 from .native import FormatError
 
-_LARGEST = 4 * 2**20  # bytes; a configuration has a few thousand
+_LARGEST = {".json": 4 * 2**20, ".yaml": 2**18}  # bytes; a configuration has a few thousand
 _REQUIRED: Any = object()
 
 
@@ -85,14 +85,15 @@ class Fields:
 
 
 def read_fields(path: Path, wanted: str) -> Fields:
-    """The object in a ``.json``, ``.yaml`` or ``.yml`` file.
+    """The object in a ``.json`` or ``.yaml`` file.
 
     Raises `FileNotFoundError` naming `wanted`, or `FormatError`: too large, no text, no object, a key twice.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; expected {wanted}")
-    if path.stat().st_size > _LARGEST:
-        raise FormatError(f"{path}: {path.stat().st_size} bytes are too many for a configuration (at most {_LARGEST})")
+    size, largest = path.stat().st_size, _LARGEST[path.suffix]
+    if size > largest:
+        raise FormatError(f"{path}: {size} bytes are too many for a configuration (at most {largest})")
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":

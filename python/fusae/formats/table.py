@@ -15,8 +15,10 @@ from ..nn import CrossLayerTranscoder, SparseCoder
 from ..nn import load as load_native
 from ..nn.config import DTYPES
 from . import circuit_tracer, dictionary_learning, gemma_scope, llama_scope, pickled, saelens, sparsify
-from .native import FormatError
+from .fields import read_fields
+from .native import FormatError, write_json
 from .parts import LayerParts, Parts
+from .writing import plain_json
 
 Coder = SparseCoder | CrossLayerTranscoder
 
@@ -26,49 +28,53 @@ class Format:
     """One format.
 
     Attributes:
-        found: whether a path (which exists) is of it; opens files, reads no weights.
         load: a path and hints -> parts.
         hints: what `load` may be told, with the meaning.
         save: coder, path, metadata and options -> None; None: it is read only.
+        found: whether a path (which exists) is of it; opens files, reads no weights. None: `_KINDS` tells.
     """
 
-    found: Callable[[Path], bool]
     load: Callable[..., Any]
     hints: Mapping[str, str]
     save: Callable[..., None] | None = None
+    found: Callable[[Path], bool] | None = None
+
+
+_METADATA = "metadata.json"  # beside a coder of ours, so that a way through our format loses none of it
+
+
+def _load_native(path: Path) -> Coder:
+    coder = load_native(path)
+    about = path / _METADATA
+    coder.metadata = read_fields(about, "").values if about.is_file() else {"format": "fusae"}
+    return coder
 
 
 def _save_native(coder: Coder, path: Path, metadata: dict[str, Any]) -> None:
+    about = plain_json(metadata)
     coder.save(path)
-
-
-def _pickled(kind: str, load: Callable[..., Any]) -> Format:
-    return Format(lambda path: kind in pickled.kinds(path), load, pickled.HINTS[kind])
+    write_json(path / _METADATA, about)
 
 
 FORMATS: dict[str, Format] = {
-    "fusae": Format(lambda path: (path / "coder.json").is_file(), load_native, {}, _save_native),
-    "saelens": Format(saelens.found, saelens.load, saelens.HINTS, saelens.save),
-    "sparsify": Format(sparsify.found, sparsify.load, sparsify.HINTS, sparsify.save),
+    "fusae": Format(_load_native, {}, _save_native, lambda path: (path / "coder.json").is_file()),
+    "saelens": Format(saelens.load, saelens.HINTS, saelens.save, saelens.found),
+    "sparsify": Format(sparsify.load, sparsify.HINTS, sparsify.save, sparsify.found),
     "dictionary_learning": Format(
-        dictionary_learning.found, dictionary_learning.load, dictionary_learning.HINTS, dictionary_learning.save
+        dictionary_learning.load, dictionary_learning.HINTS, dictionary_learning.save, dictionary_learning.found
     ),
-    "circuit-tracer": Format(circuit_tracer.found, circuit_tracer.load, circuit_tracer.HINTS, circuit_tracer.save),
-    "openai": _pickled("openai", pickled.load_openai),
-    "gemma-scope": Format(gemma_scope.found_1, gemma_scope.load_1, gemma_scope.HINTS["gemma-scope"]),
-    "gemma-scope-2": Format(gemma_scope.found_2, gemma_scope.load_2, gemma_scope.HINTS["gemma-scope-2"]),
-    "llama-scope": Format(
-        lambda path: "llama-scope" in llama_scope.found(path), llama_scope.load_llama_scope,
-        llama_scope.HINTS["llama-scope"],
-    ),
-    "llamascopium": Format(
-        lambda path: "llamascopium" in llama_scope.found(path), llama_scope.load_llamascopium,
-        llama_scope.HINTS["llamascopium"],
-    ),
-    "qwen-scope": _pickled("qwen-scope", pickled.load_qwen_scope),
-    "goodfire": _pickled("goodfire", functools.partial(pickled.load_linear, "goodfire")),
-    "deepseek-r1": _pickled("deepseek-r1", functools.partial(pickled.load_linear, "deepseek-r1")),
-}  # fmt: skip
+    "circuit-tracer": Format(circuit_tracer.load, circuit_tracer.HINTS, circuit_tracer.save, circuit_tracer.found),
+    "gemma-scope": Format(gemma_scope.load_1, gemma_scope.HINTS["gemma-scope"], found=gemma_scope.found_1),
+    "gemma-scope-2": Format(gemma_scope.load_2, gemma_scope.HINTS["gemma-scope-2"], found=gemma_scope.found_2),
+    "llama-scope": Format(llama_scope.load_llama_scope, llama_scope.HINTS["llama-scope"]),
+    "llamascopium": Format(llama_scope.load_llamascopium, llama_scope.HINTS["llamascopium"]),
+    "openai": Format(pickled.load_openai, pickled.HINTS["openai"]),
+    "qwen-scope": Format(pickled.load_qwen_scope, pickled.HINTS["qwen-scope"]),
+    "goodfire": Format(functools.partial(pickled.load_linear, "goodfire"), pickled.HINTS["goodfire"]),
+    "deepseek-r1": Format(functools.partial(pickled.load_linear, "deepseek-r1"), pickled.HINTS["deepseek-r1"]),
+}
+# Which of those without a `found` a path is of: files that several of them have are opened once.
+_KINDS: tuple[Callable[[Path], list[str]], ...] = (llama_scope.found, pickled.kinds)
 # A file in a folder of these names stands for the folder.
 _IN_FOLDER = {
     "coder.json", "coder.safetensors", "cfg.json", "sae_weights.safetensors", "sae.safetensors", "config.yaml",
@@ -105,7 +111,8 @@ def load(
 
 def recognise(path: Path) -> str:
     """The one format that `path` is of. Raises `FormatError` where it is of none, or may be of several."""
-    names = [name for name, one in FORMATS.items() if one.found(path)]
+    names = [name for name, one in FORMATS.items() if one.found is not None and one.found(path)]
+    names += [name for kinds in _KINDS for name in kinds(path)]
     if len(names) == 1:
         return names[0]
     if names:
