@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 
+from fusae import _dispatch
 from fusae.nn import Moment, SparseCoder
 from fusae.nn.objectives import BatchTopK, Gated, HierarchicalTopK, JumpReLU, Matryoshka, ReLU, TopK
 from fusae.testing import losses as dense
@@ -229,3 +230,65 @@ def test_no_dependence_on_the_number_of_threads(form, sparse_grad):
         torch.set_num_threads(before)
     for name, wanted in results[0].items():
         assert all(torch.equal(other[name], wanted) for other in results), name
+
+
+# --- in 16 bits -----------------------------------------------------------------------------------------------------
+
+# Relative L2 error of the reference's loss and gradients, in units of eps of the dtype.
+LOSS_BOUND, GRADIENT_BOUND = 1.0, 3.0
+
+
+def sixteenths(x):
+    return (x * 16).round() / 16
+
+
+def pair_of(fields, dtype):
+    """The same coder in 16 and in 64 bits."""
+    wide = coder_of(fields)
+    with torch.no_grad():
+        wide.b_dec.copy_(sixteenths(wide.b_dec))
+    narrow = SparseCoder(type(wide.config).from_dict({**wide.config.to_dict(), "dtype": dtype}))
+    narrow.load_state_dict({name: value.to(narrow.state_dict()[name]) for name, value in wide.state_dict().items()})
+    wide.load_state_dict({name: value.to(wide.state_dict()[name]) for name, value in narrow.state_dict().items()})
+    return narrow, wide
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_loss_and_gradients_of_16_bits_are_within_their_budget(form, dtype):
+    """Against float64 autograd of the dense statement on the same weights.
+
+    The rows and `b_dec` are multiples of 1/16, so that their difference is exact: what is selected is then the same in
+    16 and in 64 bits, and what is left is the rounding of values, of reconstructions and of gradients. The budget is
+    twice the error of the reference backend in that dtype; that error, of the same losses, has a bound of its own.
+    """
+    fields, objective, theirs = FORMS[form]
+    narrow, wide = pair_of(fields, dtype)
+    generator = torch.Generator().manual_seed(1)
+    # More rows than columns: the gradients of rows and of latents are sums of several terms.
+    x = sixteenths(torch.randn(24, wide.config.d, generator=generator, dtype=torch.float64))
+    y = None
+    if wide.config.d_out is not None:
+        y = sixteenths(torch.randn(24, wide.config.d_out, generator=generator, dtype=torch.float64))
+    moment = Moment(dead_of("some"), variance=2.0, ramp=0.7)
+
+    def of(coder, loss, dtype):
+        rows = x.to(dtype, copy=True).requires_grad_()
+        target = rows if y is None else y.to(dtype)
+        out = loss(coder, rows, target, moment)
+        out = getattr(out, "loss", out)
+        return out.detach(), gradients(out, coder, rows)
+
+    oracle, wanted = of(wide, theirs, torch.float64)
+    short = narrow.config.torch_dtype
+    loss, grads = of(narrow, objective, short)
+    with _dispatch.backend("reference"):
+        reference, plain = of(narrow, objective, short)
+    assert loss.dtype == torch.float32
+    assert_within_budget(loss, reference, oracle, "loss")
+    eps = torch.finfo(short).eps
+    assert abs(float(reference - oracle)) <= LOSS_BOUND * eps * float(oracle)
+    for name, truth in wanted.items():
+        assert_grads(grads[name], plain[name], truth, name)
+        relative = float((plain[name].double() - truth).norm() / truth.norm())
+        assert truth.any() and relative <= GRADIENT_BOUND * eps, f"{name}: {relative / eps:.2f} eps"

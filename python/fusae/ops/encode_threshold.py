@@ -133,8 +133,9 @@ def encode_threshold(
         ``[n]`` float32 is the number of latents above their threshold in every row, differentiable by the same window:
         any loss of the values and of l0 trains the thresholds.
 
-        Gradients: `x`, `W_enc` and `b_enc` through the entries above their threshold whose value is not 0. With `bandwidth`, for
-        ``in_window = |pre - threshold| < bandwidth / 2`` and the gradients g of a value and g0 of its row's l0,
+        Gradients: `x`, `W_enc` and `b_enc` through the entries above their threshold, if their value is not 0 (in 16
+        bits it may round to that). With `bandwidth`, for ``in_window = |pre - threshold| < bandwidth / 2`` and the
+        gradients g of a value and g0 of its row's l0,
         ``threshold.grad[j] = -Σ_i in_window[i, j] (threshold[j] g[i, j] + g0[i]) / bandwidth``; `straight_through` adds
         the terms of that sum, without the minus sign, to the gradients of their pre-activations. There is no
         forward-mode derivative and no second one. ``torch.vmap`` takes one call per element, and needs a `capacity`.
