@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of every dictionary, whatever its weights: symmetries, counts, exact folding and files, and no NaN."""
+"""What must hold of every dictionary, whatever its weights: symmetries, counts, exact folding and files, and no NaN.
+
+Matching pursuit (that its residual never grows) is not here: no coder of fusae encodes by a loop.
+"""
 
 import copy
 
@@ -8,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusae import decode
+from fusae import decode, encode_batch_topk, encode_threshold, encode_topk
 from fusae.eval.metrics import ReconstructionMetrics
 from fusae.nn import DeadLatents, Moment, SparseCoder
 from fusae.optim import Adam
@@ -191,6 +194,42 @@ def test_the_order_of_rows_does_not_matter(kind, seed):
     theirs = gradients(losses[1], other)
     for name, grad in gradients(losses[0], one).items():
         torch.testing.assert_close(theirs[name], grad, rtol=1e-8, atol=1e-10)
+
+
+# I9: a dictionary in shards.
+
+
+@few
+@given(seed=seeds, cuts=st.lists(st.integers(1, 59), max_size=5), k=st.integers(1, 60), norms=st.booleans())
+def test_latents_can_be_split_over_shards(seed, cuts, k, norms):
+    """Every shard selects by itself, and the selections are merged, the larger score and then the lower latent first.
+    Small integers: most scores are tied."""
+    n, d, m = 7, 5, 60
+    generator = torch.Generator().manual_seed(seed)
+    x, W, b = (torch.randint(-2, 3, shape, generator=generator).float() for shape in ((n, d), (m, d), (m,)))
+    scale = torch.randint(1, 4, (m,), generator=generator).float() if norms else torch.ones(m)
+    edges = [0, *sorted(set(cuts)), m]
+    shards = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+
+    def merged(parts, count):
+        """The `count` best of dense ``[n, width]`` parts by score, of all rows together or of each one."""
+        dense = torch.cat(parts, 1)
+        score = (dense * scale).reshape(1, -1) if count == n * k else dense * scale
+        best = score.sort(dim=1, descending=True, stable=True).indices[:, :count]
+        return torch.zeros_like(score).scatter(1, best, dense.reshape(score.shape).gather(1, best)).reshape(n, m)
+
+    def of(encode, shard, most):
+        width = shard.stop - shard.start
+        found = encode(x, W[shard], b[shard], min(most, width), norms=scale[shard])
+        return (found[0] if isinstance(found, tuple) else found).to_dense()
+
+    top = [of(encode_topk, shard, k) for shard in shards]
+    assert torch.equal(merged(top, k), of(encode_topk, slice(0, m), k))
+    # In one row of a batch top-k all n k may be of one shard.
+    batch = [of(encode_batch_topk, shard, n * k) for shard in shards]
+    assert torch.equal(merged(batch, n * k), of(encode_batch_topk, slice(0, m), k))
+    above = [encode_threshold(x, W[shard], b[shard], 1.0, norms=scale[shard]).to_dense() for shard in shards]
+    assert torch.equal(torch.cat(above, 1), encode_threshold(x, W, b, 1.0, norms=scale).to_dense())
 
 
 # I7, I8, I10: steps, decoding, parts of a batch.
