@@ -185,7 +185,7 @@ def _model(dictionary):
 def _dictionary(kind):
     if kind.startswith("clt"):
         clt = _clt(kind.removeprefix("clt "))
-        clt.b_enc.data += kind == "clt jump_relu"
+        clt.b_enc.data += float(kind == "clt jump_relu")
         clt.feature_input_hook, clt.feature_output_hook = "mlp.hook_in", "mlp.hook_out"
         return clt
     coders = {}
@@ -195,7 +195,7 @@ def _dictionary(kind):
         for p in coder.parameters():
             if p.ndim > 0 and p is not getattr(act, "threshold", None):
                 p.data.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(layer)) / 4)
-        coder.b_enc.data -= kind != "jumprelu"  # few latents are active
+        coder.b_enc.data -= float(kind != "jumprelu")  # few latents are active
         coders[layer] = coder
     return TranscoderSet(coders, feature_input_hook="mlp.hook_in", feature_output_hook="mlp.hook_out")
 
@@ -208,7 +208,7 @@ def test_attribution_graphs_and_interventions(kind, route, tokenizer, monkeypatc
     kept = model.state_dict().keys()
 
     def results():
-        graph = attribute(tokens, model, batch_size=7, verbose=False)
+        graph = attribute(tokens, model, batch_size=64, verbose=False)
         layer, position, latent = graph.active_features[len(graph.active_features) // 2].tolist()
         logits, acts = model.feature_intervention(tokens, [(layer, position, latent, 3.0)])
         sparse = model.get_activations(tokens, sparse=True)[1]
