@@ -4,8 +4,8 @@ tiles ran.
 
 The columns are cut into SPLITS ranges. `gate_ragged` is a persistent GEMM that counts the entries of every row and
 range and keeps the first CAP of them in a buffer (slots by atomic additions, in any order). `write_ragged` sorts a
-buffer by latent and writes it to its final place, which the counts tell. Where a buffer was too small, `scan_ragged` computes the
-block of rows and the range again, tile by tile in order, and writes what the buffer could not hold.
+buffer by latent and writes it to its final place, which the counts tell. Where a buffer was too small, `scan_ragged`
+computes the block of rows and the range again, tile by tile in order, and writes what the buffer could not hold.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ class Target:
 def targets(*raw_ops: str, gemms: bool = False, interpreted: bool = False) -> list[Target]:
     """Targets that have all these raw ops on this machine, in the order of dispatch.
 
-    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's; Triton's encoders twice too. With
-    `interpreted`, Triton's interpreter: only for inputs of a few thousand elements (`Target.too_large`).
+    With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's; Triton's `encode_topk` twice too.
+    With `interpreted`, Triton's interpreter: only for inputs of a few thousand elements (`Target.too_large`).
     """
     found = []
     for backend in _dispatch.ORDER:
@@ -78,7 +78,7 @@ def targets(*raw_ops: str, gemms: bool = False, interpreted: bool = False) -> li
             products = ("native", "torch") if gemms else (None,)
             found += [Target(backend, isa, gemm) for isa in cpu.isas() for gemm in products]
         elif interpreted or not Target(backend).interpreted:
-            ways = ("fused", "chunked") if gemms and backend == "triton" else (None,)
+            ways = ("fused", "chunked") if gemms and backend == "triton" and "encode_topk_fwd" in raw_ops else (None,)
             found += [Target(backend, gemm=way) for way in ways]
     return found
 
