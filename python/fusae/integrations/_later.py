@@ -38,6 +38,13 @@ _PLAIN = {
 _LAYOUT = {Tensor.layout.__get__, Tensor.is_sparse.__get__}
 
 
+def refuse_gradient(*_: Any) -> None:
+    raise RuntimeError(
+        "this tensor was not part of the graph, so there is no gradient by it: fusae kept sparse codes instead. A hook "
+        "on hook_sae_acts_post (for pre-activations: hook_sae_acts_pre) makes it part; .clone() is an ordinary tensor"
+    )
+
+
 class Later(Tensor):
     """A tensor of this shape, dtype and device that `make()` gives when it is needed.
 
@@ -51,6 +58,18 @@ class Later(Tensor):
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._made: Tensor | None = None
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            # A torch.autograd.Function takes it as it is; what came back from there would be lost.
+            with torch._C.DisableTorchFunctionSubclass():
+                if dtype.is_floating_point:
+                    self.requires_grad_()
+                    self.register_hook(refuse_gradient)
+
+    def __repr__(self, **given: Any) -> str:
+        try:
+            return repr(self.made)
+        except RuntimeError as error:
+            return f"{type(self).__name__}({list(self.shape)}: {error})"
 
     @property
     def made(self) -> Tensor:
@@ -70,10 +89,7 @@ class Later(Tensor):
         if func in _LAYOUT and self is not None and self._made is not None:
             return func(self._made)
         if func is torch.autograd.grad or func is Tensor.retain_grad:
-            raise RuntimeError(
-                "this tensor was not part of the graph, so there is no gradient by it: fusae kept sparse codes "
-                "instead. A hook on hook_sae_acts_post (for pre-activations: hook_sae_acts_pre) makes it part"
-            )
+            refuse_gradient()
         if self is not None and self._made is None:
             result = self.answer(func, args, kwargs)
             if result is not NotImplemented:
@@ -134,10 +150,9 @@ class Activations(Later):
         return Activations(SparseCodes(values, self.codes.indices, self.codes.m, self.codes.offsets), self.batch)
 
     def answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:
-        if func is Tensor.is_sparse.__get__:
-            return self.coo
-        if func is Tensor.layout.__get__:
-            return torch.sparse_coo if self.coo else torch.strided
+        if func in _LAYOUT:
+            layout = torch.sparse_coo if self.coo else torch.strided
+            return layout if func == Tensor.layout.__get__ else self.coo
         if func is Tensor.bool or (func in (Tensor.gt, Tensor.__gt__) and args[1:] == (0,)):
             values = self.scaled().values
             return self._with(values.bool() if func is Tensor.bool else values > 0)

@@ -70,7 +70,7 @@ class FastTraining(FastSAE):
         return sae_in @ self.W_enc + self.b_enc
 
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if lazy(self) is None or self._fusae_aside():
+        if self._fusae_aside() or lazy(self) is None:
             return super().encode_with_hidden_pre(x)
         sae_in, encoded = self._fusae_codes(x)
         if encoded is None:

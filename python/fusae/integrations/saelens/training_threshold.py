@@ -11,6 +11,7 @@ from torch import Tensor
 from ...codes import SparseCodes
 from ...ops import decode, encode_threshold
 from .._dense import hooked
+from .._later import made
 from ._base import DENSE, Encoded, at, plain, sampled_density
 from .inference import FastGated, FastStandard, in_dtype
 from .training import FastTraining, codes_of, extra_of
@@ -30,7 +31,7 @@ class FastStandardTraining(FastTraining, FastStandard):
     ) -> dict[str, Tensor]:
         codes = codes_of(feature_acts)
         if codes is None or self.cfg.lp_norm != 1:
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            return super().calculate_aux_loss(step_input, made(feature_acts), made(hidden_pre), sae_out)
         sparsity = row_sums(codes.values * at(self.W_dec.norm(dim=1), codes), codes)
         return {"l1_loss": (step_input.coefficients["l1"] * sparsity).mean()}
 
@@ -60,14 +61,14 @@ class FastJumpReLUTraining(FastTraining):
         mode, target_l0 = cfg.jumprelu_sparsity_loss_mode, cfg.target_l0
         known = mode in ("step", "tanh") or (mode == "quadratic" and target_l0 is not None)
         if codes is None or extra is None or not known:
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            return super().calculate_aux_loss(step_input, made(feature_acts), made(hidden_pre), sae_out)
         x, l0 = extra
         norms = self.W_dec.norm(dim=1)
         if mode == "tanh":
             per_item = row_sums(torch.tanh(cfg.jumprelu_tanh_scale * codes.values * at(norms, codes)), codes)
         else:
             per_item = l0 if mode == "step" else 2 / target_l0 * (l0 - target_l0) ** 2
-        losses = {"l0_loss": (step_input.coefficients["l0"] * per_item).mean()}
+        losses = {"l0_loss": (step_input.coefficients["l0"] * per_item).mean().to(codes.dtype)}
         if cfg.pre_act_loss_coefficient is not None:
             losses["pre_act_loss"] = self._fusae_pre_act_loss(x, step_input.dead_neuron_mask, norms)
         return losses
@@ -97,7 +98,7 @@ class FastGatedTraining(FastTraining, FastGated):
         # The tool takes the gate of the raw input.
         changed = self.cfg.normalize_activations in ("constant_norm_rescale", "layer_norm")
         if product is None or changed or hooked(self.hook_sae_input) or not plain(sae_in, self.W_dec):
-            return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
+            return super().calculate_aux_loss(step_input, made(feature_acts), made(hidden_pre), sae_out)
         values = (product.values + at(self.b_gate, product)).relu()
         gate = SparseCodes(values, product.indices, product.m, product.offsets)
         l1 = row_sums(values * at(self.W_dec.norm(dim=1), gate), gate).mean()
