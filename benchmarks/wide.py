@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Very wide dictionaries on one machine: memory, time of a step, and how well `fusae plan` foresaw both.
 
-    python benchmarks/wide.py train --m 1048576 --out results.json     # one width: every phase of a run
-    python benchmarks/wide.py growth --out growth.json --figure docs/wide.svg
-    python benchmarks/wide.py optimiser --m 1048576                    # lazy steps beside dense ones
-    python benchmarks/wide.py quality ACTIVATIONS                      # moments in few bits beside float32
+    python benchmarks/wide.py train --m 1048576 --out wide.json        # one width: every phase of a run
+    python benchmarks/wide.py growth --out wide.json                   # from 2^14 to 2^20 latents
+    python benchmarks/wide.py optimiser --m 1048576 --out wide.json    # lazy steps beside dense ones
+    python benchmarks/wide.py quality ACTIVATIONS --out wide.json      # moments in few bits beside float32
+    python benchmarks/wide.py page wide.json --page docs/wide.md       # what the file holds, and a figure beside it
 
 Every width is measured in a process of its own. Time is compared within rounds, in which a step, its bare product and
 the pieces that `fusae plan` times take turns; what counts is the median of the ratios. Memory is what the process holds
@@ -37,6 +38,7 @@ from fusae.train import TrainConfig, Trainer
 BARS = {"peak over weights and moments": 1.15, "step over its bare product": 1.4, "memory off the plan": 0.05,
         "time off the plan": 0.25}  # fmt: skip
 OPTIMISER_BAR, QUALITY_BAR = 8.0, 0.005
+START, END = "<!-- results:start -->", "<!-- results:end -->"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -157,10 +159,12 @@ def _judge(result: dict[str, Any]) -> bool:
     return good
 
 
-def _finish(out: Path | None, value: dict[str, Any], good: bool) -> None:
+def _finish(out: Path | None, name: str, value: dict[str, Any], good: bool) -> None:
+    """Put a result into the file beside those of the other commands."""
     if out is not None:
         command = shlex.join(["python", "benchmarks/wide.py", *sys.argv[1:]])
-        write_json(out, {**value, **environment(command=command)})
+        held_so_far = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+        write_json(out, {**held_so_far, name: {**value, **environment(command=command)}})
     if not good:
         raise SystemExit(1)
 
@@ -181,13 +185,13 @@ def train(
     result = child(dict(m=m, d=d, k=k, n=n, rounds=rounds, threads=threads, phases=True, fields=fields))
     for phase, most in result["peak"].items():
         print(f"{phase}: {most / 1e9:.3f} GB, {most / result['weights_and_moments']:.3f} of weights and moments")
-    _finish(out, result, _judge(result))
+    _finish(out, "train", result, _judge(result))
 
 
 @app.command()
 def growth(
     d: int = 384, k: int = 32, n: int = 2048, rounds: int = 3, threads: int = 2, first: int = 14, last: int = 20,
-    out: OUT = None, figure: Annotated[Path | None, typer.Option(help="SVG or PNG to draw")] = None,
+    out: OUT = None,
 ) -> None:  # fmt: skip
     """Step time and memory from 2**first to 2**last latents."""
     results = []
@@ -202,9 +206,7 @@ def growth(
     # Per latent, the widest against the middle: linear growth keeps it.
     each = [statistics.median(r["step_s"]) / r["m"] for r in results]
     print(f"seconds per latent and step: {', '.join(f'{1e6 * t:.2f}' for t in each)} (millionths)")
-    if figure is not None:
-        draw(results, figure)
-    _finish(out, {"results": results}, True)
+    _finish(out, "growth", {"results": results}, True)
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
@@ -259,7 +261,7 @@ def optimiser(
     print(f"{len(rows):,} of {m:,} latents touched; dense {1e3 * statistics.median(times['dense']):.0f} ms, lazy "
           f"{1e3 * statistics.median(times['lazy']):.0f} ms a matrix")  # fmt: skip
     print(f"{'reached' if reached else 'MISSED '} dense over lazy: {ratio:.1f}, bar {OPTIMISER_BAR}")
-    _finish(out, {"m": m, "d": d, "touched": len(rows), "seconds": times, "ratio": ratio}, reached)
+    _finish(out, "optimiser", {"m": m, "d": d, "touched": len(rows), "seconds": times, "ratio": ratio}, reached)
 
 
 @app.command()
@@ -297,7 +299,74 @@ def quality(
         good &= reached
         print(f"{'reached' if reached else 'MISSED '} {name}: FVU {100 * worse[name]:+.3f} % of that of {against}, bar "
               f"{100 * QUALITY_BAR} %")  # fmt: skip
-    _finish(out, {"m": m, "k": k, "n": n, "tokens": tokens, "lr": lr, "fvu": fvu, "relative": worse}, good)
+    value = {"m": m, "k": k, "n": n, "tokens": tokens, "lr": lr, "fvu": fvu, "relative": worse}
+    _finish(out, "quality", value, good)
+
+
+@app.command()
+def page(
+    results: Annotated[Path, typer.Argument(help="file that the other commands have written")],
+    page: Annotated[Path, typer.Option(help="Markdown to write between its marks")] = Path("docs/wide.md"),
+) -> None:
+    """Put the results into the page, and draw the growth beside it."""
+    held_so_far = json.loads(results.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    head, rest = text.split(START)
+    if "growth" in held_so_far:
+        draw(held_so_far["growth"]["results"], page.with_suffix(".svg"))
+    body = "\n\n".join(lines for name, write in SECTIONS.items() if name in held_so_far
+                       for lines in [write(held_so_far[name])])  # fmt: skip
+    page.write_text(f"{head}{START}\n{body}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def _made(one: dict[str, Any]) -> str:
+    changes = " with local changes" if one["dirty"] else ""
+    return f"`{one['command']}` on {one['device']}, {one['isa']}, commit {(one['git'] or '')[:10]}{changes}."
+
+
+def _train_lines(one: dict[str, Any]) -> str:
+    rows = [f"| {phase} | {most / 1e9:.2f} GB | {most / one['weights_and_moments']:.3f} |"
+            for phase, most in one["peak"].items()]  # fmt: skip
+    step, bare = statistics.median(one["step_s"]), statistics.median(one["bare_s"])
+    return "\n".join([
+        f"**One width**: m {one['m']:,}, d {one['d']}, k {one['k']}, {one['n']} tokens a step. {_made(one)}", "",
+        "| phase | peak | over weights and moments |", "|---|---:|---:|", *rows, "",
+        f"A step takes {one['step over its bare product']:.2f} times its bare product ({step:.1f} s beside {bare:.1f} "
+        "s, with AuxK at work); "
+        f"`fusae plan` was off by {100 * one['memory off the plan']:+.1f} % of the memory and "
+        f"{100 * one['time off the plan']:+.0f} % of the time.",
+    ])  # fmt: skip
+
+
+def _growth_lines(one: dict[str, Any]) -> str:
+    rows = [f"| {r['m']:,} | {statistics.median(r['step_s']):.3f} | {statistics.median(r['bare_s']):.3f} | "
+            f"{statistics.median(r['foreseen_s']):.3f} | {r['peak']['train'] / 1e9:.3f} | {r['planned'] / 1e9:.3f} |"
+            for r in one["results"]]  # fmt: skip
+    return "\n".join([
+        f"**Growth.** {_made(one)}", "", "![step time and memory over m](wide.svg)", "",
+        "| m | step, s | bare product, s | foreseen, s | peak, GB | foreseen, GB |", "|---:|---:|---:|---:|---:|---:|",
+        *rows,
+    ])  # fmt: skip
+
+
+def _optimiser_lines(one: dict[str, Any]) -> str:
+    dense, lazy = (1e3 * statistics.median(one["seconds"][name]) for name in ("dense", "lazy"))
+    return (f"**Lazy steps**: {one['touched']:,} of {one['m']:,} latents touched: {lazy:.0f} ms a matrix, dense "
+            f"{dense:.0f} ms, {one['ratio']:.1f} times as much. {_made(one)}")  # fmt: skip
+
+
+def _quality_lines(one: dict[str, Any]) -> str:
+    rows = [f"| {name} | {statistics.mean(fvu):.5f} | {', '.join(f'{v:.5f}' for v in fvu)} | "
+            f"{100 * one['relative'][name]:+.3f} % |" if name in one["relative"] else
+            f"| {name} | {statistics.mean(fvu):.5f} | {', '.join(f'{v:.5f}' for v in fvu)} | |"
+            for name, fvu in one["fvu"].items()]  # fmt: skip
+    return "\n".join([
+        f"**Quality**: m {one['m']:,}, k {one['k']}, {one['tokens']:,} tokens. {_made(one)}", "",
+        "| moments | FVU, held out | of each seed | against float32 |", "|---|---:|---|---:|", *rows,
+    ])  # fmt: skip
+
+
+SECTIONS = {"train": _train_lines, "growth": _growth_lines, "optimiser": _optimiser_lines, "quality": _quality_lines}
 
 
 if __name__ == "__main__":

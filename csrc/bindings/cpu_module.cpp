@@ -227,14 +227,6 @@ void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr
                            ptr<int32_t>(last_step), step, beta2, ptr<float>(master), stochastic, key, first_row});
 }
 
-void adam_rows_plain(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t grad, uintptr_t rows, int dtype,
-               int64_t m, int64_t d, int64_t u, double decay, double l2, double one_minus_beta1, double beta2,
-               double one_minus_beta2, double step_size, double root_correction2, double eps, bool masked, bool project,
-               bool renormalise, int threads) {
-  adam_rows(param, exp_avg, exp_avg_sq, grad, rows, dtype, m, d, u, decay, l2, one_minus_beta1, beta2, one_minus_beta2,
-            step_size, root_correction2, eps, masked, project, renormalise, threads, {0, 0, 0, 0, 0, false, 0, 0});
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -269,7 +261,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("nonzero_mask", &nonzero_mask);
   m.def("nonzero_take", &nonzero_take);
   m.def("adam_rows", &adam_rows);
-  m.def("adam_rows", &adam_rows_plain);
   m.def("fma_burst", [](int64_t iterations, int threads) {
     const py::gil_scoped_release release;
     return cpu::active().fma_burst(iterations, threads);
