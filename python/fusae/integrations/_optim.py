@@ -22,10 +22,11 @@ def clip_grad_norm_(parameters: list[Tensor], max_norm: float) -> None:
 
 
 def _fusible(optimizer: torch.optim.Optimizer) -> bool:
-    plain = ("foreach", "fused", "capturable", "differentiable")
+    """Plain Adam on the CPU whose maker left the choice of implementation to torch."""
     return type(optimizer) is torch.optim.Adam and all(
-        not any(group[name] for name in plain)
-        and all(p.device.type == "cpu" and p.is_floating_point() and not p.is_complex() for p in group["params"])
+        group["fused"] is None
+        and not (group["foreach"] or group["capturable"] or group["differentiable"])
+        and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
         for group in optimizer.param_groups
     )
 

@@ -65,7 +65,8 @@ class FastTrainer(Swapped):
         rows = dead.nonzero().flatten()
         k_aux = min(self.top_k_aux, self.dead_features)
         centred = self.ae._fusae_centred(x, weights)
-        codes = encode_topk(centred, weights.W_enc[rows], weights.b_enc[rows], k_aux)
+        b_enc = None if weights.b_enc is None else weights.b_enc[rows]
+        codes = encode_topk(centred, weights.W_enc[rows], b_enc, k_aux)
         codes = SparseCodes(codes.values, rows.int()[codes.indices.long()], dead.shape[0])
         error = (residual.float() - decode(codes, weights.W_dec).float()).pow(2).sum(dim=-1).mean()
         self.pre_norm_auxk_loss = error
