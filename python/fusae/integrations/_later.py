@@ -53,17 +53,20 @@ class Later(Tensor):
 
     @staticmethod
     def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> Later:
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        return cls._wrapper(shape, dtype, device)
+
+    @classmethod
+    def _wrapper(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Later:
+        # A torch.autograd.Function takes it as it is: what comes back from there must not be lost (`refuse_gradient`).
+        graph = dtype.is_floating_point and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=graph)
 
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._made: Tensor | None = None
-        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
-            # A torch.autograd.Function takes it as it is; what came back from there would be lost.
-            with torch._C.DisableTorchFunctionSubclass():
-                if dtype.is_floating_point:
-                    self.requires_grad_()
-                    self.register_hook(refuse_gradient)
+        with torch._C.DisableTorchFunctionSubclass():
+            if self.requires_grad:
+                self.register_hook(refuse_gradient)
 
     def __repr__(self, **given: Any) -> str:
         try:
@@ -126,7 +129,7 @@ class Activations(Later):
     def __new__(
         cls, codes: SparseCodes, batch: torch.Size, scale: Tensor | None = None, coo: bool = False
     ) -> Activations:
-        return Tensor._make_wrapper_subclass(cls, (*batch, codes.m), dtype=codes.dtype, device=codes.device)
+        return cls._wrapper((*batch, codes.m), codes.dtype, codes.device)
 
     def __init__(self, codes: SparseCodes, batch: torch.Size, scale: Tensor | None = None, coo: bool = False) -> None:
         write = coo_of if coo else dense_of

@@ -33,7 +33,7 @@ class PreActivations(Later):
     def __new__(
         cls, shape: torch.Size, codes: SparseCodes, make: Callable[[], Tensor], extra: object
     ) -> PreActivations:
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=codes.dtype, device=codes.device)
+        return cls._wrapper(shape, codes.dtype, codes.device)
 
     def __init__(self, shape: torch.Size, codes: SparseCodes, make: Callable[[], Tensor], extra: object) -> None:
         super().__init__(shape, codes.dtype, codes.device, lambda: self._checked(make))

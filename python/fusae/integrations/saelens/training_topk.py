@@ -14,7 +14,6 @@ from torch import Tensor
 from ...codes import SparseCodes
 from ...ops import decode, decode_loss, encode_batch_topk, encode_topk
 from .._dense import hooked
-from .._later import made
 from ._base import Call, Encoded, FastSAE, lazily, lazy, plain
 from .inference import FastTopK, in_dtype, norms_of
 from .training import FastTraining, codes_of, extra_of
@@ -59,7 +58,7 @@ class FastTopKTraining(FastTraining, FastTopK):
     ) -> Tensor:
         aux = extra_of(hidden_pre)
         if aux is None:
-            return super().calculate_topk_aux_loss(sae_in, sae_out, made(hidden_pre), dead_neuron_mask)
+            return super().calculate_topk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
         return self._fusae_aux_loss(sae_in, sae_out, aux)
 
     def _fusae_aux_loss(self, sae_in: Tensor, sae_out: Tensor, aux: SparseCodes) -> Tensor:
@@ -82,7 +81,7 @@ class FastAbsTopKTraining(FastTopKTraining):
     ) -> Tensor:
         aux = extra_of(hidden_pre)
         if aux is None:
-            return super().calculate_abstopk_aux_loss(sae_in, sae_out, made(hidden_pre), dead_neuron_mask)
+            return super().calculate_abstopk_aux_loss(sae_in, sae_out, hidden_pre, dead_neuron_mask)
         return self._fusae_aux_loss(sae_in, sae_out, aux)
 
 
