@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cdiv
-from .entries import Codes, contiguous_rows, gather_tile, gathered, group_of, row_entries, used_entries
+from .entries import BLOCK, Codes, contiguous_rows, gather_tile, gathered, group_of, row_entries, used_entries
 
 
 @triton.jit(do_not_specialize=["n", "m", "width", "storage"])
@@ -113,9 +113,9 @@ def join_dots_kernel(out, dots, scale, indices, offsets, n, m, width, storage, b
 def join_dots(dots: Tensor, codes: Codes, out: Tensor, scale: Tensor | None = None) -> Tensor:
     """The dots over all columns into `out`, from those over blocks of them ``[blocks, storage]``."""
     if out.numel():
-        join_dots_kernel[(cdiv(codes.storage, 1024),)](
+        join_dots_kernel[(cdiv(codes.storage, BLOCK),)](
             out, dots, scale, codes.indices, codes.offsets, codes.n, codes.m, codes.width, codes.storage, dots.shape[0],
-            RAGGED=codes.offsets is not None, SCALED=scale is not None, B=1024,
+            RAGGED=codes.offsets is not None, SCALED=scale is not None, B=BLOCK,
         )  # fmt: skip
     return out
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import INTERPRETED, cdiv
-from .entries import Codes, row_of, used_entries
+from .entries import BLOCK, Codes, row_of, used_entries
 
 WORDS = 32
 """Words of 32 bits a block of columns."""
@@ -101,9 +101,9 @@ def scatter(codes: Codes) -> Tensor:
     """
     out = torch.zeros(codes.n, codes.m, dtype=codes.values.dtype, device=codes.values.device)
     if codes.n and codes.storage:
-        scatter_kernel[(cdiv(codes.storage, 1024),)](
+        scatter_kernel[(cdiv(codes.storage, BLOCK),)](
             out, codes.values, codes.indices, codes.offsets, codes.n, codes.m, codes.width, codes.storage,
-            RAGGED=codes.offsets is not None, B=1024,
+            RAGGED=codes.offsets is not None, B=BLOCK,
         )  # fmt: skip
     return out
 
@@ -148,11 +148,11 @@ def threshold_gradients(
     """Float32 gradients ``[storage]`` of the pre-activations, and the parts of those of the thresholds."""
     grad_pre, jumps = (torch.empty(codes.storage, dtype=torch.float32, device=threshold.device) for _ in range(2))
     if codes.storage:
-        threshold_gradients_kernel[(cdiv(codes.storage, 1024),)](
+        threshold_gradients_kernel[(cdiv(codes.storage, BLOCK),)](
             grad_pre, jumps, codes.indices, codes.offsets, state.contiguous(),
             None if grad_values is None else grad_values.contiguous(),
             None if grad_l0 is None else grad_l0.contiguous(),
             threshold.contiguous(), codes.n, codes.m, codes.storage, float(bandwidth),
-            VALUES=grad_values is not None, L0=grad_l0 is not None, THROUGH=straight_through, B=1024,
+            VALUES=grad_values is not None, L0=grad_l0 is not None, THROUGH=straight_through, B=BLOCK,
         )  # fmt: skip
     return grad_pre, jumps

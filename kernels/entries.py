@@ -16,6 +16,9 @@ from torch import Tensor
 
 from .common import INTERPRETED, cdiv, next_power_of_2
 
+BLOCK = 1024
+"""Entries of a program that handles each by itself."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Codes:

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from .common import INTERPRETED, cdiv
 from .decode import join_dots
-from .entries import Codes, contiguous_rows, gather_tile, gathered, group_of, row_of, used_entries
+from .entries import BLOCK, Codes, contiguous_rows, gather_tile, gathered, group_of, row_of, used_entries
 
 CHUNK = 32 if INTERPRETED else 256
 """Entries of a latent that one program adds up. It fixes the order of sums: never tuned."""
-BLOCK = 1024
-"""Entries of a program that handles each by itself."""
+SHORT, LONG = (4, 2), (8, 1)
+"""Entries at a time and segments of a program: where these are whole and mostly short, and where they are chunks."""
 
 
 @triton.jit(do_not_specialize=["n", "m", "width", "storage"])
@@ -230,7 +230,7 @@ class ByLatent:
         d, chunks, longs = source.shape[-1], len(self.chunk_latent), len(self.long)
         source = contiguous_rows(source)
         weight = None if dots is None else contiguous_rows(weight)
-        short, long = (gather_tile(d, source.element_size(), *shape) for shape in ((4, 2), (8, 1)))
+        short, long = (gather_tile(d, source.element_size(), *shape) for shape in (SHORT, LONG))
         blocks = cdiv(d, short.columns)
         parts = torch.empty(0 if out is None else chunks, d, dtype=torch.float32, device=source.device)
         part_dots = torch.empty(
