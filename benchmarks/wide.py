@@ -118,12 +118,14 @@ def measure(m: int, d: int, k: int, n: int, rounds: int, threads: int, phases: b
             trainer.save_checkpoint()
             found["checkpoint"] = peak.take()
             del trainer, step
+            peak.take()
             trainer = Trainer(None, x, folder, show=False, resume=True)
             found["resume"] = peak.take()
             trainer.step = config.steps - 1
             trainer.run()
             found["last step and save"] = peak.take()
             del trainer
+            peak.take()
             SparseCoder.load(Path(folder) / "coder")
             found["load"] = peak.take()
     ratio = statistics.median(a / b for a, b in zip(steps, bare, strict=True))

@@ -15,7 +15,7 @@ from fusae.plan.memory import touched
 from fusae.train import TrainConfig, Trainer
 
 D, N = 48, 64
-RATES = Rates(gemm=1e9, copy=1e8, entry=1e-6, row=1e-6, device="cpu")
+RATES = Rates(gemm=1e9, start=1e-6, copy=1e8, entry=1e-6, row=1e-6, device="cpu")
 MODES = [
     {},
     {"moments": "8bit"},
@@ -101,8 +101,9 @@ def test_bytes_per_parameter():
 def test_speed_is_put_together_from_rates():
     small, large = (resolved(m=m, k_aux=0, optimizer="masked") for m in (1 << 14, 1 << 15))
     one, two = speed(small, RATES), speed(large, RATES)
-    assert one.seconds["encode"] == 2 * N * (1 << 14) * D / RATES.gemm
-    assert two.seconds["encode"] == 2 * one.seconds["encode"] and two.seconds["codes"] == one.seconds["codes"]
+    assert math.isclose(one.seconds["encode"], 2 * N * (1 << 14) * D / RATES.gemm + N * RATES.start)
+    assert math.isclose(two.seconds["encode"] - one.seconds["encode"], 2 * N * (1 << 14) * D / RATES.gemm)
+    assert two.seconds["codes"] == one.seconds["codes"]
     assert one.seconds["codes"] == N * 4 * RATES.entry and one.aux_seconds == 0
     assert one.tokens_per_s == N / sum(one.seconds.values())
     dense = speed(resolved(m=1 << 14, optimizer="dense", k_aux=8), RATES)
@@ -114,6 +115,7 @@ def test_speed_is_put_together_from_rates():
 def test_rates_are_measured_in_every_mode(fields):
     rates = measure_rates(resolved(**fields), rounds=1)
     assert all(value > 0 and math.isfinite(value) for value in (rates.gemm, rates.copy, rates.entry, rates.row))
+    assert 0 <= rates.start < 1
 
 
 def test_what_is_advised_fits():

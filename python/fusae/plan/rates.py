@@ -17,8 +17,9 @@ from ..ops.adam_rows import moment_width
 from ..optim import MOMENTS
 from ..train import TrainConfig
 
-# Latents of the pieces: the encoder's few enough to be quick, the gathers' too many for a cache.
-_LATENTS, _GATHERED, _ROWS = 8192, 65536, 4096
+# Latents of the pieces: the encoder's few enough to be quick (two sizes: a selection takes most of its candidates from
+# the first latents), the gathers' too many for a cache.
+_FEW, _LATENTS, _GATHERED, _ROWS = 8192, 32768, 65536, 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Rates:
 
     Attributes:
         gemm: floating-point operations a second of the encoder: the products, and the selection in the same pass.
+        start: seconds per token that the selection takes beside that, however many latents there are.
         copy: bytes a second, read and written, of a pass over memory.
         entry: seconds per active entry of a step's codes: decoding, and all sums of the backward pass.
         row: seconds per row of one matrix in the optimiser.
@@ -34,6 +36,7 @@ class Rates:
     """
 
     gemm: float
+    start: float
     copy: float
     entry: float
     row: float
@@ -76,12 +79,18 @@ def measure_rates(config: TrainConfig, device: torch.device | str = "cpu", round
     x, W = rows(n, width), rows(min(config.m, _LATENTS), width)
     W.mul_(torch.rand(len(W), 1, generator=generator).to(device, dtype) + 0.5)  # no two rows alike
     kept = min(k, len(W))
+    few = min(len(W), _FEW)
     with torch.no_grad():
-        gemm = 2 * n * width * len(W) / _seconds(lambda: encode_topk(x, W, None, kept), device, rounds)
+        whole = _seconds(lambda: encode_topk(x, W, None, kept), device, rounds)
+        part = _seconds(lambda: encode_topk(x, W[:few], None, min(kept, few)), device, rounds)
+    each = whole / len(W)
+    if few < len(W):  # bounded: noise of the two must not become a rate that no machine has
+        each = min(each, max(0.7 * each, (whole - part) / (len(W) - few)))
+    gemm, start = 2 * n * width / each, (whole - each * len(W)) / n
     length = 1 << 25
     buffer = torch.ones(length, device=device)
     copy = 8 * length / _seconds(lambda: buffer.add_(1.0), device, rounds)
-    return Rates(gemm, copy, _entry(config, rows, n, width, out, generator, device, rounds),
+    return Rates(gemm, start, copy, _entry(config, rows, n, width, out, generator, device, rounds),
                  _row(config, rows, out, generator, device, rounds), str(device))  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def speed(config: TrainConfig, rates: Rates) -> Speed:
         passes += m * layers * (width + out) * 6
     if config.ema:
         passes += m * layers * (width + out) * 3 * itemsize
-    seconds = {"encode": dense / rates.gemm, "codes": codes, "optimiser": optimiser}
+    seconds = {"encode": dense / rates.gemm + n * layers * rates.start, "codes": codes, "optimiser": optimiser}
     seconds["passes over latents"] = passes / rates.copy
     both = _sparse_seconds(config, rates, whole)
     flops = dense + 2 * plain * (4 * out + 2 * width) + 12 * (touched(m, plain // layers) * (width + out)) * layers
