@@ -21,7 +21,8 @@ _FLOATS = (
 _POINTERS = {
     "indices": "*i32", "offsets": "*i64", "prefixes": "*i32", "weights": "*fp32", "sse": "*fp32", "dots": "*fp32",
     "scale": "*fp32", "row": "*i32", "coef": "*fp32", "order": "*i64", "latents": "*i64", "slots": "*i64",
-    "begin": "*i64", "begins": "*i64", "end": "*i64", "parts": "*fp32", "keys": "*i32", "coef_out": "*fp32", "bits": "*i32",
+    "begin": "*i64", "begins": "*i64", "end": "*i64", "parts": "*fp32", "keys": "*i32", "coef_out": "*fp32",
+    "bits": "*i32",
     "counts": "*i32", "ends": "*i64", "grad_pre": "*fp32", "jumps": "*fp32", "state": "*u8", "grad_l0": "*fp32",
     "threshold": "*fp32", "exp_avg": "*fp32", "exp_avg_sq": "*fp32", "rows": "*i64",
 }  # fmt: skip

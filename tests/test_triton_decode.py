@@ -78,7 +78,7 @@ PASSES = {
         "decode_loss_fwd", v, i, o, W, b, goal, [7, 20, 30], [1.0, 0.5, 2.0], False, True, True
     ),
     "many prefixes": lambda v, i, o, W, b, goal: run(
-        "decode_loss_fwd", v, i, o, W, b, goal, list(range(10, 31)), [0.25] * 21, False, True, True
+        "decode_loss_fwd", v, i, o, W, b, goal, [1, 9, 10, 29, 30], [0.25] * 5, False, True, True
     ),
     "value gradients": lambda v, i, o, W, b, goal: run("decode_bwd", goal, v, i, o, W, True, False, False)[:1],
     "gradients": lambda v, i, o, W, b, goal: run("decode_bwd", goal, v, i, o, W, True, True, False)[::2],
@@ -94,7 +94,7 @@ each_pass = pytest.mark.parametrize("name", PASSES)
 @each_pass
 @needs_interpreter
 def test_pitfall_10_determinism_whatever_program_runs_first(name, reversed_programs):
-    given = inputs(n=9, d=150)
+    given = inputs(n=5, d=150)
     first = PASSES[name](*given)
     reversed_programs()
     for got, wanted in zip(PASSES[name](*given), first, strict=True):
@@ -107,7 +107,7 @@ def test_pitfall_10_determinism_whatever_program_runs_first(name, reversed_progr
 def test_pitfall_10_determinism_whatever_the_tile(name, ragged, monkeypatch):
     """The tiles of a GPU (of 512 columns, few rows) give the bits of the interpreter's wherever only columns are split:
     sums run over entries in one order. Dots over columns are split differently, and agree within rounding."""
-    given = inputs(n=7, d=70, ragged=ragged)
+    given = inputs(n=3, d=70, ragged=ragged)
     first = PASSES[name](*given)
     monkeypatch.setattr(entries, "INTERPRETED", False)
     for got, wanted in zip(PASSES[name](*given), first, strict=True):
