@@ -15,8 +15,11 @@ _I64 = ("sxn", "sxd", "swm", "swd", "stride_n", "stride_m", "stride")
 _POINTERS = {
     "keys_ptr": "*i64", "aux_keys_ptr": "*i64", "side_ptr": "*fp32", "aux_side_ptr": "*fp32", "value_ptr": "*fp32",
     "aux_value_ptr": "*fp32", "index_ptr": "*i32", "aux_index_ptr": "*i32", "count_ptr": "*i32",
-    "aux_count_ptr": "*i32", "bound_ptr": "*i64", "failed_ptr": "*i32", "list_ptr": "*i32", "limit_ptr": "*i32",
+    "aux_count_ptr": "*i32", "bound_ptr": "*i64", "failed_ptr": "*i32", "list_ptr": "*i32",
     "mask_ptr": "*u8", "norms_ptr": "*fp32", "scores_ptr": "*fp32", "fill_ptr": "*i32", "indices_ptr": "*i32",
+    "limit_ptr": "*i32", "above_ptr": "*i32", "entry_ptr": "*i64", "place_ptr": "*i64", "state_ptr": "*u8",
+    "pivot_ptr": "*i32", "equal_ptr": "*i32", "quota_ptr": "*i32", "smallest_ptr": "*i32", "prefix_ptr": "*i32",
+    "bins_ptr": "*i64", "total": "i32", "capacity": "i32", "half": "fp32",
 }  # fmt: skip
 
 
@@ -28,6 +31,10 @@ def _types(name: str, tma: tuple[int, int, int] | None = None) -> dict[str, str]
         BM, BN, BK = tma
         types |= {"x_ptr": f"tensordesc<{name}[{BM}, {BK}]>", "w_ptr": f"tensordesc<{name}[{BN}, {BK}]>"}
     return types
+
+
+def _ragged(name: str, tma: tuple[int, int, int] | None = None) -> dict[str, str]:
+    return {**_types(name, tma), "limit_ptr": "*fp32"}
 
 
 _ALIGNED = ("sxn", "swm", "d", "m")
@@ -55,6 +62,28 @@ def _gemms() -> list[Job]:
                     {**common, "MASK": False, "EVEN": False, "CAP": 512, "CUT": 16}, **{**options, "hot": False}),
             ]  # fmt: skip
             if name == "bf16":
+                plain = {key: value for key, value in common.items() if key not in ("SIDE", "GROUP")}
+                ragged = {**plain, "SPLITS": 8}
+                loose = {**options, "hot": False}  # where a buffer or a fast path did not do
+                found += [
+                    Job(f"gate_ragged-{where}", "encode_ragged", "gate_ragged",
+                        _ragged(name, (t.BM, t.BN, t.BK) if tma else None),
+                        {**ragged, "TMA": tma, "WINDOW": False, "CAP": 128, "EVEN": True, "GROUP": t.group,
+                         "PARTS": t.parts}, **options),
+                    Job(f"gate_ragged-window-{where}", "encode_ragged", "gate_ragged", _ragged(name),
+                        {**ragged, "TMA": False, "WINDOW": True, "CAP": 128, "EVEN": False, "GROUP": t.group,
+                         "PARTS": t.parts}, **loose),
+                    Job(f"scan_ragged-window-{where}", "encode_ragged", "scan_ragged", _ragged(name),
+                        {**ragged, "BATCH": False, "RELU": False, "WRITE": True, "WINDOW": True, "CAP": 128,
+                         "EVEN": True}, **loose),
+                    Job(f"scan_ragged-batch-{where}", "encode_ragged", "scan_ragged", _ragged(name),
+                        {**ragged, "BATCH": True, "RELU": True, "WRITE": True, "WINDOW": False, "CAP": 16,
+                         "EVEN": True}, **loose),
+                    Job(f"count_scores-{where}", "encode_ragged", "count_scores", _types(name),
+                        {**ragged, "SHIFT": 10, "BITS": 11, "EQUAL": False, "EVEN": True, "GROUP": t.group}, **loose),
+                    Job(f"count_equal-{where}", "encode_ragged", "count_scores", _types(name),
+                        {**ragged, "SHIFT": 0, "BITS": 1, "EQUAL": True, "EVEN": True, "GROUP": t.group}, **loose),
+                ]  # fmt: skip
                 found += [
                     Job(f"gate-norms-aux-{where}", "encode_topk", "gate", _types(name),
                         {**common, "NORMS": True, "SIDE": True, "TMA": False, "AUX": True, "EVEN": False, "CAP": 2048,
@@ -98,6 +127,10 @@ def _selections() -> list[Job]:
             warps=4),
         Job("certify-4096-side", "encode_topk", "certify", bf16, {"LIMIT": True, "SIDE": True, "ROWS": 1, "CAP": 4096},
             warps=8),
+        Job("write_ragged", "encode_ragged", "write_ragged", {**bf16, "limit_ptr": "*fp32"},
+            {"WINDOW": False, "CAP": 128, "UNITS": 4, "CHUNK": 4}),
+        Job("write_ragged-window", "encode_ragged", "write_ragged", {**bf16, "limit_ptr": "*fp32"},
+            {"WINDOW": True, "CAP": 128, "UNITS": 4, "CHUNK": 4}),
         Job("repair_merge-k64", "encode_repair", "repair_merge", bf16,
             {"SIDE": False, "FILL": False, "RELU": True, "BM": 128, "CAP": 512, "SPLITS": 32, "K": 64, "CHUNK": 64},
             warps=4, hot=False),

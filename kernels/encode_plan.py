@@ -32,7 +32,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     group: int = 8
-    parts: int = 2
+    parts: int = 4
 
 
 class Sample(NamedTuple):
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 def default_tiles(dtype: torch.dtype, d: int, capability: tuple[int, int] | None) -> Tiles:
     """Tiles for a compute capability; None is the interpreter, which wants few and small ones."""
     if capability is None:
-        return Tiles(64, 512, 128, 4, 1)
+        return Tiles(64, 512, 128, 4, 1, parts=2)
     if dtype == torch.float32:
         return Tiles(64, 128, 32, 8, 3)
     if capability[0] == 9:

@@ -43,7 +43,7 @@ def select_threshold(
         units = max(1, (2**16 if INTERPRETED else 512) // cap)
         write_ragged[(cdiv(n * SPLITS, units),)](
             entries, count, place, threshold, values, indices, state if window else indices, n * SPLITS, size, half,
-            WINDOW=window, CAP=cap, UNITS=units, CHUNK=8, num_warps=4,
+            WINDOW=window, CAP=cap, UNITS=units, CHUNK=8 if INTERPRETED else 4, num_warps=4,
         )  # fmt: skip
         scan_ragged[(grid,)](
             o.x, o.W, *o.vectors(), threshold, count, count, count, count, place, values, indices,
