@@ -101,6 +101,25 @@ def test_a_preset_is_a_configuration_that_trains(name):
     assert rows[-1]["step"] == 40 and PRESETS[name].source
 
 
+def test_a_transcoder_starts_from_no_output():
+    """Free decoder rows that start at 0: never worse than the mean of the outputs, unlike unit rows."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = data(width=D)
+    target = torch.tanh(3 * inputs @ torch.randn(D, D, generator=generator))
+    x = torch.cat([inputs, target], 1)
+    given = {"m": M, "k": K, "preset": "transcoder", "sites": f"{D},{D}", "batch_size": B, "tokens": 2560 * 4,
+             "lr": 3e-3, "log_every": 5}  # fmt: skip
+    found = {}
+    for name, change in {"preset": {}, "unit rows": {"unit_decoder": True, "decoder_scale": 1.0}}.items():
+        rows = []
+        trainer = Trainer(TrainConfig.from_dict(given | change), x, show=False)
+        assert trainer.coder.W_dec.any() == (name != "preset") and trainer.coder.W_enc.any()
+        trainer.run(on_log=rows.append)
+        found[name] = [row["fvu"] for row in rows]
+    assert max(found["preset"]) < 1.05 < found["unit rows"][0]
+    assert found["preset"][-1] < 0.95 * found["unit rows"][-1], found
+
+
 def test_the_terms_of_a_loss_are_metrics():
     def last(**fields):
         rows = []
@@ -167,6 +186,19 @@ def test_defaults_of_a_form():
 def test_fields_that_do_not_go_together(fields, message):
     with pytest.raises((ValueError, TypeError), match=message):
         Trainer(config(**fields), data(), show=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"decoder_scale": 0.0}, "decoder_scale must be 1 with unit_decoder, got 0.0"),
+        ({"decoder_scale": 0.0, "unit_decoder": False, "select_by_norm": True}, "all scores would be 0"),
+        ({"decoder_scale": -1.0, "unit_decoder": False}, "decoder_scale"),
+    ],
+)
+def test_decoder_scales_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        config(**fields)
 
 
 def test_an_unknown_preset():

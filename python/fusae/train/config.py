@@ -83,6 +83,11 @@ class TrainConfig:
     unit_decoder: bool = _field(
         True, "keep decoder rows at unit norm (gradient projected, rows renormalised each step)"
     )
+    decoder_scale: float = _field(
+        1.0,
+        "length of the decoder rows at the start; 0 for transcoders, whose outputs are no sums of their inputs' "
+        "directions (wants unit_decoder = false)",
+    )
     select_by_norm: bool = _field(False, "select latents by activation times decoder norm (for unit_decoder = false)")
     k_aux: int | None = _field(
         None, "dead latents in the AuxK term; 0: no such term; default: half the width of the output, at most m"
@@ -182,7 +187,15 @@ class TrainConfig:
         for name in ("lr", "clip_norm", "bandwidth"):
             if getattr(self, name) is not None:
                 _fields.number(name, getattr(self, name), above=True)
-        for name in ("eps", "aux_coefficient", "multi_topk", "sparsity", "threshold_init", "preact_coefficient"):
+        for name in (
+            "eps",
+            "aux_coefficient",
+            "multi_topk",
+            "sparsity",
+            "threshold_init",
+            "preact_coefficient",
+            "decoder_scale",
+        ):
             if getattr(self, name) is not None:
                 _fields.number(name, getattr(self, name))
         for name in ("beta1", "beta2", "ema", "threshold_decay"):

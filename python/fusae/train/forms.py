@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from ..nn import CrossLayerConfig, CrossLayerTranscoder, SparseCoder, SparseCoderConfig, objectives
 
 if TYPE_CHECKING:
@@ -78,6 +80,10 @@ def check_form(config: TrainConfig) -> None:
             raise ValueError(f"k must divide m = {config.m} with form 'group_max', got {config.k}")
         if config.k_start is not None:
             raise ValueError(f"k_start must not be given with form 'group_max' (k divides m), got {config.k_start}")
+    if config.decoder_scale != 1 and config.unit_decoder:
+        raise ValueError(f"decoder_scale must be 1 with unit_decoder, got {config.decoder_scale}")
+    if config.decoder_scale == 0 and config.select_by_norm:
+        raise ValueError("decoder_scale must be above 0 with select_by_norm: all scores would be 0")
     if config.form == "jumprelu" and config.select_by_norm:
         raise ValueError("select_by_norm must be false with form 'jumprelu': thresholds are of activations alone")
 
@@ -109,9 +115,14 @@ def prefixes_of(config: TrainConfig) -> tuple[int, ...]:
 
 def new_coder(config: TrainConfig, m: int | None = None, **options: Any) -> SparseCoder | CrossLayerTranscoder:
     """The coder that a resolved configuration trains (or one with `m` latents), of inputs as they are scaled in
-    training."""
+    training; with seed None its weights are not initialised."""
     kind = CrossLayerTranscoder if config.architecture == "cross_layer" else SparseCoder
-    return kind(coder_config(config, m), **options)
+    coder = kind(coder_config(config, m), **options)
+    if options.get("seed", 0) is not None and config.decoder_scale != 1:
+        with torch.no_grad():
+            for part in getattr(coder, "sources", [coder]):
+                part.W_dec *= config.decoder_scale
+    return coder
 
 
 def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig | CrossLayerConfig:

@@ -20,6 +20,10 @@ class Preset(NamedTuple):
     fields: dict[str, Any]
 
 
+# sparsify's for transcoders: decoder rows that start at 0 and are free. Unit rows in random directions start with more
+# error than the mean of the outputs, and the encoder's answer to that is to fall silent: latents die.
+_FREE = {"unit_decoder": False, "decoder_scale": 0.0}
+
 PRESETS = {
     "topk": Preset(
         "top-k with AuxK and averaged weights",
@@ -34,7 +38,7 @@ PRESETS = {
         "saprmarks/dictionary_learning, trainers/top_k.py",
         {
             "form": "topk", "aux_coefficient": 1 / 32, "clip_norm": 1.0, "normalise_loss": False,
-            "warmup_from_zero": True, 
+            "warmup_from_zero": True,
             "decay": 0.2, "unit_decoder": True,
         },
     ),
@@ -90,11 +94,11 @@ PRESETS = {
     "group-max": Preset("the best latent of each of k groups", "EleutherAI/sparsify", {"form": "group_max"}),
     "transcoder": Preset(
         "output of a module from its input", "Dunefsky et al. 2024, arXiv:2406.11944",
-        {"form": "topk", "architecture": "transcoder"},
+        {"form": "topk", "architecture": "transcoder", **_FREE},
     ),
     "skip-transcoder": Preset(
         "a transcoder with a dense linear path beside it", "Paulo et al. 2025, arXiv:2501.18823",
-        {"form": "topk", "architecture": "skip_transcoder"},
+        {"form": "topk", "architecture": "skip_transcoder", **_FREE},
     ),
     "crosscoder": Preset(
         "one dictionary for several layers, batch top-k by the sum of decoder norms",
