@@ -64,6 +64,7 @@ class Later(Tensor):
     def __init__(self, shape: torch.Size, dtype: torch.dtype, device: torch.device, make: Callable[[], Tensor]) -> None:
         self._make: Callable[[], Tensor] | None = make
         self._made: Tensor | None = None
+        self._graph = torch.is_grad_enabled()
         with torch._C.DisableTorchFunctionSubclass():
             if self.requires_grad:
                 self.register_hook(refuse_gradient)
@@ -78,7 +79,8 @@ class Later(Tensor):
     def made(self) -> Tensor:
         """The tensor itself."""
         if self._made is None:
-            self._made, self._make = self._make(), None
+            with torch.set_grad_enabled(self._graph):  # also where a torch.autograd.Function reads it first
+                self._made, self._make = self._make(), None
         return self._made
 
     def answer(self, func: Callable, args: tuple, kwargs: dict) -> Any:

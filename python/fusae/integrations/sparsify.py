@@ -124,7 +124,7 @@ class FastSparseCoder(Swapped):
         codes, _ = self._fusae_select(x, self.cfg.k, self.cfg.activation)
         acts, indices = self._fusae_acts(codes.values), codes.indices.long()
         weight, bias = self.encoder.weight, self.encoder.bias
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or acts.requires_grad:
             # Under torch.compile what nobody reads is dropped anyway.
             pre_acts = torch.nn.functional.linear(x, weight, bias).relu()
             return EncoderOutput(acts, indices, pre_acts if self._fusae_correct else pre_acts.detach())

@@ -83,7 +83,7 @@ class FastAbsTopK(FastTopK):
 
 
 class FastGated(FastSAE):
-    """A gate and a magnitude of one product: ``mag = (pre - b_gate) exp(r_mag) + b_mag`` where ``pre > 0``."""
+    """A gate and a magnitude of one product: ``relu(product exp(r_mag) + b_mag)`` where ``product + b_gate > 0``."""
 
     def _fusae_weights(self) -> tuple[Tensor, ...]:
         return self.W_enc, self.b_gate, self.b_mag, self.r_mag
@@ -91,20 +91,14 @@ class FastGated(FastSAE):
     def _fusae_aside(self) -> bool:
         return super()._fusae_aside() or type(self.activation_fn) is not nn.ReLU
 
-    def _fusae_fits(self, x: Tensor) -> bool:
-        # In 16 bits the bias of the gate could not be taken off again without loss.
-        low = torch.is_autocast_enabled(x.device.type) or x.dtype != torch.float32
-        return not low and super()._fusae_fits(x)
-
     def _fusae_encode(self, x: Tensor) -> Encoded | None:
         b_gate = self.b_gate.detach()  # the gate itself has no gradient; a loss of its values has (`extra`)
         if sampled_density(x, self.W_enc, b_gate, 0.0) > DENSE:
             return None
-        gate = encode_threshold(x, self.W_enc.T, b_gate, 0.0)
-        product = gate.values - at(b_gate, gate)
-        magnitude = product * at(self.r_mag.exp(), gate) + at(self.b_mag, gate)
-        codes = SparseCodes(magnitude.relu(), gate.indices, gate.m, gate.offsets)
-        return Encoded(codes, extra=SparseCodes(product, gate.indices, gate.m, gate.offsets))
+        product = in_dtype(encode_threshold(x, self.W_enc.T, None, -b_gate.float()), b_gate)
+        magnitude = product.values * at(self.r_mag.exp(), product) + at(self.b_mag, product)
+        codes = SparseCodes(magnitude.relu(), product.indices, product.m, product.offsets)
+        return Encoded(codes, extra=product)
 
 
 def in_dtype(codes: SparseCodes, bias: Tensor) -> SparseCodes:
