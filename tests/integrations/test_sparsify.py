@@ -192,6 +192,7 @@ def test_no_dense_activations(gradients, activation):
             _loss(coder(x, dead_mask=mask)).backward()
             with torch.no_grad():
                 _ = coder.encode(x).top_acts
+            _ = coder.requires_grad_(False).encode(x).top_acts
         sizes.append(largest.size)
     assert sizes[0] == 400 * M and sizes[1] < 400 * M
 
