@@ -17,7 +17,9 @@ from fusae.nn import CrossLayerTranscoder, SparseCoder, SparseCoderConfig
 
 
 def _sibling(name):
-    """A module beside this one (tests are no package)."""
+    """A module beside this one (tests are no package), the same one for all."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -25,6 +27,7 @@ def _sibling(name):
 
 
 w = _sibling("formats_written")
+layers = _sibling("formats_written_layers")
 D, M, K = w.D, w.M, w.K
 
 CASES = {
@@ -71,7 +74,7 @@ CASES = {
     "llamascopium without norms": partial(w.llamascopium, by_norm=False),
     "llamascopium transcoder": partial(w.llamascopium, hook_point_out="blocks.2.hook_mlp_out"),
     "llamascopium transcoder without norms": partial(w.llamascopium, by_norm=False, hook_point_out="blocks.2.mlp"),
-    **{f"circuit-tracer {a}{' skip' * s}": lambda path, a=a, s=s: w.circuit_tracer(path, a, bool(s))[1]
+    **{f"circuit-tracer {a}{' skip' * s}": lambda path, a=a, s=s: layers.circuit_tracer(path, a, bool(s))[1]
        for a in ("relu", "topk", "jump_relu") for s in (0, 1)},
 }  # fmt: skip
 
@@ -114,7 +117,7 @@ def test_what_is_recognised_can_be_named(tmp_path, name):
 
 @pytest.mark.parametrize("gemma, thresholds", [(False, True), (False, False), (True, True)])
 def test_cross_layer_transcoders(tmp_path, gemma, thresholds):
-    written = w.clt(tmp_path / "clt", thresholds, gemma)
+    written = layers.clt(tmp_path / "clt", thresholds, gemma)
     coder = fusae.load(written.path, dtype="float64")
     assert isinstance(coder, CrossLayerTranscoder) and coder.metadata["format"] == written.format
     for field, value in written.config.items():
@@ -128,11 +131,11 @@ def test_cross_layer_transcoders(tmp_path, gemma, thresholds):
 
 
 def test_folders_of_several(tmp_path):
-    layers = w.circuit_tracer(tmp_path / "plt", "jump_relu")
+    found = layers.circuit_tracer(tmp_path / "plt", "jump_relu")
     coders = fusae.load(tmp_path / "plt", dtype="float64")
     assert list(coders) == [0, 1, 2] and [c.metadata["layer"] for c in coders.values()] == [0, 1, 2]
     x = w.rand(20, D, seed=4).double()
-    for i, written in enumerate(layers):
+    for i, written in enumerate(found):
         same(coders[i](x).detach(), written.decode(written.encode(x), x), i)
         assert torch.equal(fusae.load(tmp_path / "plt", layer=i).W_enc, coders[i].W_enc.float())
         assert torch.equal(fusae.load(tmp_path / "plt" / f"layer_{i}.safetensors").W_enc, coders[i].W_enc.float())

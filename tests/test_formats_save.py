@@ -18,7 +18,9 @@ from fusae.nn import CrossLayerConfig, CrossLayerTranscoder, SparseCoder, Sparse
 
 
 def _sibling(name):
-    """A module beside this one (tests are no package)."""
+    """A module beside this one (tests are no package), the same one for all."""
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,6 +28,7 @@ def _sibling(name):
 
 
 w = _sibling("formats_written")
+layers = _sibling("formats_written_layers")
 D, M, K = w.D, w.M, w.K
 
 
@@ -301,7 +304,7 @@ def test_convert_several(tmp_path):
         w.sparsify(tmp_path / "in" / name)
     assert run(tmp_path / "in", tmp_path / "out", "--format", "saelens").exit_code == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["layers.1", "layers.2"]
-    path = w.circuit_tracer(tmp_path / "plt", "jump_relu")[0].path
+    path = layers.circuit_tracer(tmp_path / "plt", "jump_relu")[0].path
     assert run(path, tmp_path / "lens", "--format", "saelens").exit_code == 0
     assert fusae.load(tmp_path / "lens" / "layer_2").config.select == "threshold"
     assert run(path, tmp_path / "plt2", "--format", "circuit-tracer").exit_code == 0

@@ -31,16 +31,18 @@ D, M, K, L = 12, 40, 5, 3
 CPU = torch.device("cpu")
 
 
-def _written():
+def _written(name):
     """The writers of tests/test_formats.py."""
-    path = Path(__file__).parents[1] / "formats_written.py"
-    spec = importlib.util.spec_from_file_location("formats_written", path)
+    if name in sys.modules:
+        return sys.modules[name]
+    path = Path(__file__).parents[1] / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-w = _written()
+w, layers = _written("formats_written"), _written("formats_written_layers")
 
 
 def _randomise(module, seed=1):
@@ -171,9 +173,9 @@ def test_a_cross_layer_transcoder_of_ours_opens_there(tmp_path, select):
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_gemma_scope_2_as_the_tool_reads_it(tmp_path, skip):
+def test_gemma_scope_2_as_the_tool_reads_it(monkeypatch, tmp_path, skip):
     """Of the input's width, which the tool takes for granted."""
-    w.OUT = D
+    monkeypatch.setattr(w, "OUT", D)
     path = w.gemma_2(tmp_path / "a", skip).path
     theirs = single_layer_transcoder.load_gemma_scope_2_transcoder(str(path / "params.safetensors"), 0, CPU)
     _compare(fusae.load(path, transcoder=True), theirs, torch.randn(30, D))
@@ -187,7 +189,7 @@ def test_gemma_scope_as_the_tool_reads_it(tmp_path):
 
 def test_gemma_scope_2_clt_as_the_tool_reads_it(tmp_path):
     """The tool leaves the last of the layers that it is given out, so it is given one more."""
-    path = w.clt(tmp_path / "a", gemma=True, layers=L).path
+    path = layers.clt(tmp_path / "a", gemma=True, layers=L).path
     files = {i: str(path / f"params_layer_{i}.safetensors") for i in range(L)}
     theirs = cross_layer_transcoder.load_gemma_scope_2_clt({**files, L: files[0]}, device=CPU, dtype=torch.float32)
     ours = fusae.load(path)

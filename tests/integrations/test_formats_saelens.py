@@ -24,6 +24,8 @@ from sae_lens.saes.sae import TrainingSAE  # noqa: E402
 
 def _written():
     """The writers of tests/test_formats.py."""
+    if "formats_written" in sys.modules:
+        return sys.modules["formats_written"]
     path = Path(__file__).parents[1] / "formats_written.py"
     spec = importlib.util.spec_from_file_location("formats_written", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
