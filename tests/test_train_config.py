@@ -104,7 +104,7 @@ def test_files_that_are_none(tmp_path):
         ({"beta1": 1.0}, "beta1 must be at least 0 and less than 1, got 1.0"),
         ({"decay": 1.5}, "decay must be between 0 and 1, a share of the steps, got 1.5"),
         ({"seed": -1}, "seed must be at least 0"),
-        ({"optimizer": "sgd"}, "optimizer must be one of 'dense', 'masked', got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be one of 'dense', 'lazy', 'masked', got 'sgd'"),
         ({"dtype": "float16"}, "dtype must be one of 'float32', 'float64', 'bfloat16', got 'float16'"),
         ({"b_dec_init": "median"}, "b_dec_init must be one of"),
         ({"unit_decoder": "yes"}, "unit_decoder must be true or false, got str 'yes'"),
