@@ -76,7 +76,7 @@ class Running:
 
 
 def scan_block(m: int) -> int:
-    return min(4096, max(16, next_power_of_2(m)))
+    return min(4096 if INTERPRETED else 2048, max(16, next_power_of_2(m)))
 
 
 def program_rows(n: int, width: int) -> int:
@@ -85,8 +85,8 @@ def program_rows(n: int, width: int) -> int:
 
 
 def scan_warps(keys: int) -> int:
-    """16 keys a thread: they are 64 bits wide, and a few blocks of them live at a time."""
-    return min(16, max(1, keys // 512))
+    """8 keys a thread: they are 64 bits wide, and a few blocks of them live at a time."""
+    return min(16, max(1, keys // 256))
 
 
 def emit(
