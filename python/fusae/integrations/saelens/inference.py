@@ -91,6 +91,10 @@ class FastGated(FastSAE):
     def _fusae_aside(self) -> bool:
         return super()._fusae_aside() or type(self.activation_fn) is not nn.ReLU
 
+    def _fusae_fits(self, x: Tensor) -> bool:
+        # Under autocast the tool rounds ``W_enc * exp(r_mag)``, so its magnitudes are of another product.
+        return not torch.is_autocast_enabled(x.device.type) and super()._fusae_fits(x)
+
     def _fusae_encode(self, x: Tensor) -> Encoded | None:
         b_gate = self.b_gate.detach()  # the gate itself has no gradient; a loss of its values has (`extra`)
         if sampled_density(x, self.W_enc, b_gate, 0.0) > DENSE:
