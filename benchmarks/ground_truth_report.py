@@ -62,7 +62,7 @@ def section(runs: list[dict[str, Any]], source: str) -> list[str]:
         "*plain torch*: the dense loss of `fusae.testing.losses` under autograd and `torch.optim.Adam`, from the same "
         "weights, on the same batches, by the same recipe; *fusae*: `fusae.train.Trainer`. MCC against the truth, "
         f"mean over seeds (their span). Bar: a mean MCC at most {MCC_BAR:g}, or two standard errors of the "
-        "difference, below plain torch's. Dead: active on none of 8,192 held-out rows. The forms are not to be compared "
+        "difference, below plain torch's. Dead: active on none of 8,192 held-out rows. Forms are not to be compared "
         "with each other: of their recipes, the weights of the sparsity terms and the JumpReLU's thresholds were tried "
         "in a few values, the rest is shared.",
         "",
