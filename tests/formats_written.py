@@ -251,6 +251,7 @@ def dictionary_learning(path: Path, name: str, threshold: float = 0.3) -> Writte
 
 def openai(path: Path, activation: str = "TopK", post: str = "ReLU", tied: bool = False) -> Written:
     w = base()
+    w["be"] = w["be"] - 1.5  # so that some rows have fewer than k above 0
     dec = w["enc"] if tied else w["dec"]
     state = {
         "pre_bias": w["bd"], "latent_bias": w["be"], "encoder.weight": w["enc"],
@@ -277,7 +278,8 @@ def openai(path: Path, activation: str = "TopK", post: str = "ReLU", tied: bool 
         return (f @ dec + w["bd"]) * std + mean
 
     config = {"select": "topk" if activation == "TopK" else "relu", "pre_bias": True}
-    config |= {"input_norm": "layer", "k": K} if activation == "TopK" else {}
+    if activation == "TopK":
+        config |= {"input_norm": "layer", "k": K, "activation": "relu" if post == "ReLU" else "none"}
     return Written(path / "3.pt", encode, decode, config, "openai")
 
 

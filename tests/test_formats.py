@@ -349,6 +349,14 @@ def test_logarithms_of_thresholds(tmp_path):
     torch.testing.assert_close(fusae.load(written.path).threshold.detach(), wanted, rtol=1e-6, atol=0)
 
 
+def test_training_of_batch_topk_is_by_norm_unless_said(tmp_path):
+    written = w.saelens(tmp_path / "a", "batchtopk", rescale_acts_by_decoder_norm=None)
+    assert fusae.load(written.path).config.select_by_norm
+    assert not fusae.load(
+        w.saelens(tmp_path / "b", "topk", rescale_acts_by_decoder_norm=None).path
+    ).config.select_by_norm
+
+
 def test_metadata(tmp_path):
     coder = fusae.load(w.saelens_old(tmp_path / "old").path)
     assert coder.metadata == {
