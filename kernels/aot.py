@@ -29,6 +29,9 @@ from triton.compiler import ASTSource
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes of shared memory that a block can have, by compute capability."""
 
+STACK = 8
+"""Bytes of stack that pass: one 64-bit scalar put aside, with registers to spare, is no spilling inner loop."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -99,7 +102,7 @@ def check(job: Job, arch: int) -> tuple[str, list[str]]:
     wrong = []
     if compiled.metadata.shared > SHARED[arch]:
         wrong.append(f"{compiled.metadata.shared} bytes of shared memory, {SHARED[arch]} fit")
-    if job.hot and stack > 0:
+    if job.hot and stack > STACK:
         wrong.append(f"{stack} bytes of stack: registers spill")
     if arch in job.want and job.want[arch] not in compiled.asm["ptx"]:
         wrong.append(f"no {job.want[arch]} in its PTX")
