@@ -12,7 +12,7 @@ from ...codes import SparseCodes
 from ...ops import decode, encode_threshold
 from .._dense import hooked
 from .._later import made
-from ._base import DENSE, Encoded, at, plain, sampled_density
+from ._base import DENSE, Encoded, at, lazy, plain, sampled_density
 from .inference import FastGated, FastStandard, in_dtype
 from .training import FastTraining, codes_of, extra_of
 
@@ -90,6 +90,16 @@ class FastGatedTraining(FastTraining, FastGated):
 
     def _fusae_hidden_pre(self, sae_in: Tensor) -> Tensor:
         return sae_in @ (self.W_enc * self.r_mag.exp()) + self.b_mag
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self._fusae_aside() or lazy(self) is not None:
+            return super().encode_with_hidden_pre(x)
+        # Activations rounded as `encode` rounds them, beside the dense pre-activations.
+        sae_in, encoded = self._fusae_codes(x)
+        if encoded is None:
+            with self._fusae_given(sae_in):
+                return super().encode_with_hidden_pre(x)
+        return self._fusae_handed_out(encoded, sae_in.shape[:-1], False), self._fusae_hidden_pre(sae_in)
 
     def calculate_aux_loss(
         self, step_input: TrainStepInput, feature_acts: Tensor, hidden_pre: Tensor, sae_out: Tensor
