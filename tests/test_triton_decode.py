@@ -283,3 +283,19 @@ def test_a_reconstruction_may_have_another_width():
     assert y.shape == (4, 23) and grad.shape == (30, 23)
     wanted = torch.autograd.grad((codes.to_dense().detach() @ W_dec).square().sum(), W_dec)[0]
     torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["decode_bwd", "decode_loss_fwd"])
+def test_pitfall_06_infinities_beside_padding_and_in_the_first_of_nested_losses(op):
+    """An infinite gradient beside a value of 0 adds nothing to its latent; a residual that is infinite from the first
+    prefix on stays so in all weighted sums, and does not become NaN by a subtraction."""
+    values, indices, _, W, b, goal = inputs()
+    if op == "decode_bwd":
+        goal[1], values[1] = torch.inf, 0.0
+        given = (goal, values, indices, None, W, True, True, False)
+    else:
+        values.abs_()
+        W[indices[1, 0].long(), 4] = torch.inf
+        given = (values, indices, None, W, b, goal, [1, 3, 6], [1.0, 0.5, 2.0], True, True, False)
+    for got, wanted in zip(run(op, *given), getattr(reference, op)(*given), strict=True):
+        assert_within_budget(got, wanted, wanted)
