@@ -112,6 +112,26 @@ inline void adam_row(const AdamRowsArgs& a, int64_t row, const T* g, AdamScratch
   }
 }
 
+inline void prefetch_bytes(const void* base, int64_t from, int64_t bytes) {
+  if (!base) return;
+  const char* p = static_cast<const char*>(base) + from;
+  for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(p + j, 1, 2);
+}
+
+// Rows of a sparse gradient lie anywhere: no hardware foresees the next one.
+template <class T>
+inline void prefetch_row(const AdamRowsArgs& a, int64_t row) {
+  const auto width = [&](Moments type) {
+    if (type == Moments::codes) return a.d + (a.d + MOMENT_BLOCK - 1) / MOMENT_BLOCK;
+    return type == Moments::f32 ? 4 * a.d : 2 * a.d;
+  };
+  const int64_t own = static_cast<int64_t>(sizeof(T)) * a.d, first = width(a.avg_type), second = width(a.avg_sq_type);
+  prefetch_bytes(a.param, row * own, own);
+  prefetch_bytes(a.exp_avg, row * first, first);
+  prefetch_bytes(a.exp_avg_sq, row * second, second);
+  prefetch_bytes(a.master, row * 4 * a.d, 4 * a.d);
+}
+
 template <class T, class W>
 inline void adam_all_rows(const AdamRowsArgs& a) {
   const T* grad = static_cast<const T*>(a.grad);
@@ -119,7 +139,10 @@ inline void adam_all_rows(const AdamRowsArgs& a) {
   parallel_for(only_rows ? a.u : a.m, 64, a.threads, [&](int64_t begin, int64_t end) {
     AdamScratch scratch(a.d);
     if (only_rows || !a.rows) {
-      for (int64_t i = begin; i < end; ++i) adam_row<T, W>(a, only_rows ? a.rows[i] : i, grad + i * a.d, scratch);
+      for (int64_t i = begin; i < end; ++i) {
+        if (only_rows && i + 1 < end) prefetch_row<T>(a, a.rows[i + 1]);
+        adam_row<T, W>(a, only_rows ? a.rows[i] : i, grad + i * a.d, scratch);
+      }
       return;
     }
     // A row-sparse gradient of every row: find where this block's rows begin in it, then walk along.
