@@ -14,6 +14,8 @@ beside mapped files, over what it held after its imports; the moments are made r
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import shlex
 import statistics
@@ -107,6 +109,8 @@ def measure(m: int, d: int, k: int, n: int, rounds: int, threads: int, phases: b
             predicted = speed(config, measure_rates(config, rounds=1))
             # AuxK is at work: next to all latents of a wide dictionary are dead to so few tokens.
             foreseen.append(sum(predicted.seconds.values()) + predicted.aux_seconds)
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # what timing the pieces took is no part of a step
             peak.take()
             steps.append(step())
             found["train"] = max(found.get("train", 0), peak.take())
