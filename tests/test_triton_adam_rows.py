@@ -129,3 +129,21 @@ def test_many_steps_stay_beside_torch():
         theirs.step()
         fusae.adam_rows_(*mine, grad, lr=0.01, step=step, backend="triton")
     torch.testing.assert_close(mine[0], param.data, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"last_step": torch.zeros(6, dtype=torch.int32), "betas": (0.0, 0.999)}, "lazy steps"),
+        ({"master": torch.zeros(6, 5), "param": torch.zeros(6, 5, dtype=torch.bfloat16)}, "with a master"),
+        ({"seed": 1, "param": torch.zeros(6, 5, dtype=torch.bfloat16)}, "stochastic rounding"),
+        ({"exp_avg": torch.zeros(6, 5, dtype=torch.bfloat16), "seed": 1}, "moments must be float32"),
+    ],
+)
+def test_modes_without_a_kernel_are_declined(change, reason):
+    given = {name: torch.zeros(6, 5) for name in ("param", "exp_avg", "exp_avg_sq")} | change
+    grad = torch.zeros(6, 5, dtype=given["param"].dtype)
+    if "last_step" in change:
+        grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.zeros(1, 5), (6, 5), is_coalesced=True)
+    with pytest.raises(fusae.BackendError, match=reason):
+        fusae.adam_rows_(grad=grad, lr=1e-3, step=1, backend="triton", **given)

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ...kernels import adam_rows as kernels
-from .available import table
+from .available import table, why_not
 
 
 def adam_rows_(
@@ -25,6 +28,10 @@ def adam_rows_(
     masked: bool,
     project: bool,
     renormalise: bool,
+    last_step: None = None,
+    master: None = None,
+    seed: int | None = None,
+    first_row: int = 0,
 ) -> None:
     if rows is not None:
         _check_rows(rows, param.shape[0])
@@ -55,4 +62,21 @@ def _check_rows(rows: Tensor, m: int) -> None:
         )
 
 
-TABLE = table(adam_rows_)
+def _why_not(*args: Any, **kwargs: Any) -> str | None:
+    """Only the modes that there is a kernel for: moments in float32, rounding to nearest, every step taken at once."""
+    if (reason := why_not(*args, **kwargs)) is not None:
+        return reason
+    param, exp_avg, exp_avg_sq = args[:3]
+    last_step, master, seed = (*args[15:18], *(None,) * 3)[:3]
+    if exp_avg.dtype != torch.float32 or exp_avg_sq.dtype != torch.float32 or not exp_avg.numel() == param.numel():
+        return "moments must be float32 and both there"
+    if kwargs.get("last_step", last_step) is not None:
+        return "there is no kernel of lazy steps"
+    if kwargs.get("master", master) is not None:
+        return "there is no kernel of 16-bit weights with a master"
+    if kwargs.get("seed", seed) is not None and param.dtype == torch.bfloat16:
+        return "there is no kernel of stochastic rounding"
+    return None
+
+
+TABLE = table(adam_rows_, why=_why_not)
