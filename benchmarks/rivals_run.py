@@ -8,9 +8,10 @@ A module of a tool (`rivals_sparsify`, `rivals_dictionary_learning`) holds a tab
 from __future__ import annotations
 
 import argparse
-import json
 import os
+import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -20,10 +21,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from fusae.formats.native import write_json
 from fusae.testing.bench import interleaved, peak_memory, ratio
+from fusae.testing.bench_row import environment
 from fusae.testing.workloads import CONTENDERS as OURS
 from fusae.testing.workloads import Build, make_inputs
 
+TOOLS = {  # the package of a module here
+    "rivals_saelens": "sae-lens",
+    "rivals_sparsify": "eai-sparsify",
+    "rivals_dictionary_learning": "dictionary-learning",
+}
 GEMM = OURS["train_step"]["gemm"]
 
 
@@ -69,4 +77,7 @@ def main(module: str) -> None:
             print(f"{work:12} {row['name']:36} {row['p50_ms']:9.1f} ms  {row['speedup']:5.2f}x the tool  "
                   f"{row['over_gemm']:5.2f} gemm  {peak}", flush=True)  # fmt: skip
     if args.json:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        found = {"rows": rows, "tool": TOOLS[module], **environment(command=command)}
+        found["versions"] = {**found["versions"], TOOLS[module]: version(TOOLS[module])}
+        write_json(args.json, found)
