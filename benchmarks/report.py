@@ -70,12 +70,12 @@ def markdown(rows: list[Row], source: str) -> str:
     return "\n".join(lines)
 
 
-def _split(text: str, where: Path) -> tuple[str, str, str]:
+def split(text: str, where: Path, start: str = START, end: str = END) -> tuple[str, str, str]:
     """What is before, between and after the markers."""
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise RowError(f"{where}: must hold one line {START} and, after it, one line {END}")
-    before, rest = text.split(START)
-    inside, after = rest.split(END)
+    if text.count(start) != 1 or text.count(end) != 1 or text.index(start) > text.index(end):
+        raise RowError(f"{where}: must hold one line {start} and, after it, one line {end}")
+    before, rest = text.split(start)
+    inside, after = rest.split(end)
     return before, inside, after
 
 
@@ -87,7 +87,7 @@ def main(
     """Write the rows of RESULTS into README.md as a table."""
     try:
         text = readme.read_text(encoding="utf-8")
-        before, inside, after = _split(text, readme)
+        before, inside, after = split(text, readme)
         if results is None:
             named = _SOURCE.search(inside)
             if not named:

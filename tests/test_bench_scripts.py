@@ -70,9 +70,47 @@ def test_report_keeps_the_latest_row_and_wants_its_markers(report, rows, tmp_pat
     text = report.markdown([*rows, newer], "x.json")
     assert text.count("| gemm |") == 1 and "1,234" in text
     with pytest.raises(bench.RowError, match="must hold one line"):
-        report._split("no markers", tmp_path)
+        report.split("no markers", tmp_path)
     with pytest.raises(bench.RowError, match="has no rows"):
         report.markdown([], "x.json")
+
+
+def _rivals_file(path, speedup=8.0):
+    shape = {"n": 8, "d": 4, "m": 32, "k": 2}
+    row = {"work": "train_step", "shape": shape, "p50_ms": 80.0, "speedup": 1.0, "over_gemm": 9.0, "peak_bytes": 2**30}
+    rows = [
+        {**row, "name": "tool"},
+        {**row, "name": "tool + fusae (trainer)", "p50_ms": 10.0, "speedup": speedup, "peak_bytes": None},
+        {**row, "name": "gemm"},
+    ]
+    about = {"tool": "tool", "versions": {"tool": "1.2"}, "device": "a CPU", "isa": "avx2", "git": "0123456789abcdef"}
+    path.write_text(json.dumps({"rows": rows, **about}))
+
+
+def test_rivals_report_writes_the_table_and_checks_it(tmp_path):
+    module = _script("rivals_report")
+    readme, results = tmp_path / "README.md", tmp_path / "rivals_tool.json"
+    readme.write_text(f"before\n{module.START}\n{module.END}\nafter\n")
+    unnamed = _invoke(module, "--check", "--readme", readme)
+    assert unnamed.exit_code == 2 and "names no results files yet" in unnamed.output
+    _rivals_file(results)
+    assert _invoke(module, results, "--readme", readme).exit_code == 0
+    text = readme.read_text()
+    row = "| tool 1.2 | training step, TopK, `accelerate(trainer)` | 8, 4, 32, 2 | 80 ms | 10 ms | **8.0 ×** "
+    assert row + "| 9.00, 9.00 | 1,024, — |" in text and "commit 0123456789ab." in text
+    assert text.count("\n| tool 1") == 1
+    assert _invoke(module, "--check", "--readme", readme).exit_code == 0  # the file is found through the table
+    _rivals_file(results, speedup=9.0)
+    stale = _invoke(module, "--check", "--readme", readme)
+    assert stale.exit_code == 1 and "differs from its results" in stale.output
+    results.write_text("[]")
+    assert "is no file of rivals_*.py" in _invoke(module, "--check", "--readme", readme).output
+
+
+@pytest.mark.parametrize("name", ["report", "rivals_report"])
+def test_the_readme_is_that_of_its_results(name):
+    checked = _invoke(_script(name), "--check")
+    assert checked.exit_code == 0, checked.output
 
 
 def test_run_appends_rows_after_its_gate(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fusae
 from fusae.cli import app
 from fusae.testing import tiny_lm
 
@@ -21,13 +22,35 @@ def blocks(language):
 
 
 def test_python_example():
-    (code,) = blocks("python")
+    code, *_ = blocks("python")
     scope = {}
     exec(compile(code, "README.md", "exec"), scope)
     codes, y = scope["codes"], scope["y"]
     assert codes.values.shape == codes.indices.shape == (4096, 32) and y.shape == (4096, 576)
     pre = scope["x"][:8] @ scope["W_enc"].T
     torch.testing.assert_close(codes.values[:8], pre.topk(32).values.relu(), rtol=1e-5, atol=1e-5)
+
+
+def test_accelerate_example(monkeypatch):
+    """With a stand-in for the tool, which the tests of tests/integrations have in earnest."""
+    _, code, _ = blocks("python")
+    trainer, asked = object(), []
+    for name in ("accelerate", "explain", "restore"):
+        assert callable(getattr(fusae, name))
+        monkeypatch.setattr(fusae, name, lambda model, name=name: asked.append((name, model)))
+    exec(compile(code, "README.md", "exec"), {"fusae": fusae, "trainer": trainer})
+    assert asked == [("accelerate", trainer), ("explain", trainer), ("restore", trainer)]
+
+
+def test_formats_example(tmp_path, monkeypatch):
+    _, _, code = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    Path("gemma-scope").mkdir()
+    m, d = 12, 6
+    shapes = {"W_enc": (d, m), "W_dec": (m, d), "b_enc": m, "b_dec": d, "threshold": m}
+    np.savez("gemma-scope/params.npz", **{name: np.full(shape, 0.5, np.float32) for name, shape in shapes.items()})
+    exec(compile(code, "README.md", "exec"), {"fusae": fusae})
+    assert fusae.load("mine").W_enc.shape == (m, d)
 
 
 def test_commands(tmp_path, monkeypatch):
