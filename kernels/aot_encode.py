@@ -79,10 +79,10 @@ def _gemms() -> list[Job]:
                     Job(f"scan_ragged-batch-{where}", "encode_ragged", "scan_ragged", _ragged(name),
                         {**ragged, "BATCH": True, "RELU": True, "WRITE": True, "WINDOW": False, "CAP": 16,
                          "EVEN": True}, **loose),
-                    Job(f"count_scores-{where}", "encode_ragged", "count_scores", _types(name),
-                        {**ragged, "SHIFT": 10, "BITS": 11, "EQUAL": False, "EVEN": True, "GROUP": t.group}, **loose),
-                    Job(f"count_equal-{where}", "encode_ragged", "count_scores", _types(name),
-                        {**ragged, "SHIFT": 0, "BITS": 1, "EQUAL": True, "EVEN": True, "GROUP": t.group}, **loose),
+                    *(Job(f"count_{what}-{where}", "encode_ragged", "count_scores", _types(name),
+                          {**ragged, "SHIFT": shift, "BITS": bits, "EQUAL": what == "equal", "EVEN": True,
+                           "GROUP": t.group, "PARTS": t.parts}, **loose)
+                      for what, shift, bits in (("scores", 16, 8), ("last", 0, 16), ("equal", 0, 1))),
                 ]  # fmt: skip
                 found += [
                     Job(f"gate-norms-aux-{where}", "encode_topk", "gate", _types(name),

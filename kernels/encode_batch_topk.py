@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`encode_batch_topk`: the pivot of the batch bit by bit, then what is above it (`encode_ragged`). No ``[n, m]``.
 
-The n·k-th largest score is found by its bits, 11 at a time: three passes over the products count the scores that begin
+The n·k-th largest score is found by its bits, 8, 8 and 16 at a time: three passes over the products count the scores that begin
 as the pivot does. A fourth counts, by row and range of columns, those that equal it: rows take them in order until n·k
 are reached. Two more count and write. So it is exact for any input, in no more memory than the counts, and without a
 host sync; and it takes six passes.
@@ -16,7 +16,7 @@ from .encode_ragged import count_scores, scan_ragged
 from .encode_threshold import SPLITS, places
 from .encode_tile import Operands, programs
 
-_DIGITS = ((21, 11), (10, 11), (0, 10))  # (shift, bits)
+_DIGITS = ((24, 8), (16, 8), (0, 16))  # (shift, bits); above 8 each score that begins so is counted by itself
 
 
 def find_pivot(o: Operands, wanted: int) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def find_pivot(o: Operands, wanted: int) -> tuple[Tensor, Tensor]:
 def _count(o: Operands, prefix: Tensor, bins: Tensor, equal: Tensor, **constants: object) -> None:
     count_scores[(min(programs(o.x.device), o.tiles_m * o.tiles_n),)](
         o.x, o.W, *o.vectors(), prefix, bins, equal, o.n, o.m, o.d, *o.strides(), **constants, SPLITS=SPLITS,
-        **o.flags(), GROUP=o.tiles.group, **o.launch(),
+        **o.flags(), GROUP=o.tiles.group, PARTS=o.tiles.parts, **o.launch(),
     )  # fmt: skip
 
 

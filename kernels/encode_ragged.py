@@ -179,35 +179,46 @@ def count_scores(
     x_ptr, w_ptr, b_ptr, norms_ptr, prefix_ptr, bins_ptr, equal_ptr, n, m, d, sxn, sxd, swm, swd,
     SHIFT: tl.constexpr, BITS: tl.constexpr, EQUAL: tl.constexpr, SPLITS: tl.constexpr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """How many ordered scores of the batch begin with the bits of `prefix`, by their next BITS bits (those from SHIFT).
 
-    EQUAL: how many equal it, by row and range of columns.
+    EQUAL: how many equal it, by row and range of columns. Few bits: blocks of the tile are counted in shared memory. More:
+    each score by itself, which is for the last bits, where few begin as the prefix does.
     """
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     per_split = tl.cdiv(tiles_n, SPLITS)
+    WIDTH: tl.constexpr = BN // PARTS
     prefix = tl.load(prefix_ptr)
     for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, GROUP)
         rows = tile_m * BM + tl.arange(0, BM)
         in_rows = rows < n
-        columns = tile_n * BN + tl.arange(0, BN)
-        inside = tl.minimum(columns, m - 1)
-        acc = tile_products(x_ptr, w_ptr, tl.minimum(rows, n - 1), inside, 0, 0, d, sxn, sxd, swm, swd,
+        columns = tl.minimum(tile_n * BN + tl.arange(0, BN), m - 1)
+        acc = tile_products(x_ptr, w_ptr, tl.minimum(rows, n - 1), columns, 0, 0, d, sxn, sxd, swm, swd,
                             False, EVEN, PRECISION, BM, BN, BK)  # fmt: skip
-        pre, score = tile_scores(acc, inside, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
-        valid = in_rows[:, None] & (columns < m)[None, :]
-        key = ordered(score)
-        if EQUAL:
-            equal = tl.sum((valid & (key == prefix)).to(tl.int32), 1)
-            to = rows.to(tl.int64) * SPLITS + tile_n // per_split
-            tl.atomic_add(equal_ptr + to, equal, mask=in_rows & (equal > 0), sem="relaxed")
-        else:
-            key = key ^ (-2147483648)  # unsigned order in the bits
-            if SHIFT + BITS < 32:
-                valid = valid & ((key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS)))
-            digit = (key >> SHIFT) & ((1 << BITS) - 1)
-            bins = tl.arange(0, 1 << BITS)
-            found = tl.histogram(tl.reshape(digit, (BM * BN,)), 1 << BITS, mask=tl.reshape(valid, (BM * BN,)))
-            tl.atomic_add(bins_ptr + bins, found.to(tl.int64), mask=found > 0, sem="relaxed")
+        parts = columns_apart(acc, BM, BN, PARTS)
+        for part in tl.static_range(PARTS):
+            at = tile_n * BN + part * WIDTH + tl.arange(0, WIDTH)
+            inside = tl.minimum(at, m - 1)
+            pre, score = tile_scores(parts[part], inside, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
+            valid = in_rows[:, None] & (at < m)[None, :]
+            key = ordered(score)
+            if EQUAL:
+                equal = tl.sum((valid & (key == prefix)).to(tl.int32), 1)
+                to = rows.to(tl.int64) * SPLITS + tile_n // per_split
+                tl.atomic_add(equal_ptr + to, equal, mask=in_rows & (equal > 0), sem="relaxed")
+            else:
+                key = key ^ (-2147483648)  # unsigned order in the bits
+                if SHIFT + BITS < 32:
+                    valid = valid & ((key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS)))
+                digit = (key >> SHIFT) & ((1 << BITS) - 1)
+                if BITS <= 8:
+                    # What is not valid counts as 0 and is taken off: without a mask, no element has to change its place.
+                    digit = tl.reshape(tl.where(valid, digit, 0), (BM * WIDTH,), can_reorder=True)
+                    bins = tl.arange(0, 1 << BITS)
+                    found = tl.histogram(digit, 1 << BITS)
+                    found -= tl.where(bins == 0, BM * WIDTH - tl.sum(tl.sum(valid.to(tl.int32), 1), 0), 0)
+                    tl.atomic_add(bins_ptr + bins, found.to(tl.int64), mask=found > 0, sem="relaxed")
+                else:
+                    tl.atomic_add(bins_ptr + digit, tl.full((BM, WIDTH), 1, tl.int64), mask=valid, sem="relaxed")
