@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`encode_batch_topk`: the pivot of the batch bit by bit, then what is above it (`encode_ragged`). No ``[n, m]``.
 
-The n·k-th largest score is found by its bits, 8, 8 and 16 at a time: three passes over the products count the scores that begin
-as the pivot does. A fourth counts, by row and range of columns, those that equal it: rows take them in order until n·k
-are reached. Two more count and write. So it is exact for any input, in no more memory than the counts, and without a
-host sync; and it takes six passes.
+The n·k-th largest score is found by its bits, 8, 8 and 16 at a time: three passes over the products count the scores
+that begin as the pivot does. A fourth counts, by row and range of columns, those that equal it: rows take them in order
+until n·k are reached. Two more count and write. So it is exact for any input, in no more memory than the counts, and
+without a host sync; and it takes six passes.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def count_scores(
 ):  # fmt: skip
     """How many ordered scores of the batch begin with the bits of `prefix`, by their next BITS bits (those from SHIFT).
 
-    EQUAL: how many equal it, by row and range of columns. Few bits: blocks of the tile are counted in shared memory. More:
+    EQUAL: how many equal it, by row and range of columns. Up to 8 bits: blocks of the tile are counted together. More:
     each score by itself, which is for the last bits, where few begin as the prefix does.
     """
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
@@ -214,7 +214,7 @@ def count_scores(
                     valid = valid & ((key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS)))
                 digit = (key >> SHIFT) & ((1 << BITS) - 1)
                 if BITS <= 8:
-                    # What is not valid counts as 0 and is taken off: without a mask, no element has to change its place.
+                    # What is not valid counts as 0 and is taken off: without a mask, no element changes its place.
                     digit = tl.reshape(tl.where(valid, digit, 0), (BM * WIDTH,), can_reorder=True)
                     bins = tl.arange(0, 1 << BITS)
                     found = tl.histogram(digit, 1 << BITS)

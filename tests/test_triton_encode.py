@@ -229,7 +229,7 @@ def test_threshold_ranges_that_overflow_their_buffer_are_done_again(monkeypatch)
     assert_equal(l0, wanted_l0, "l0")
 
 
-@pytest.mark.parametrize("step", [2.0**-23, 2.0**-15, 2.0**-7, 1.0], ids=["last_bits", "middle_bits", "first_bits", "all"])
+@pytest.mark.parametrize("step", [2.0**-23, 2.0**-15, 2.0**-7, 1.0], ids=["last", "middle", "first", "all"])
 def test_the_pivot_of_a_batch_is_found_by_all_of_its_bits(step):
     """Scores that differ in the bits of one pass alone, of both signs, some of them equal."""
     n, m, k = 9, 700, 11
