@@ -59,6 +59,12 @@ def pack(value, index):
 
 
 @triton.jit
+def raw_entry(value, index):
+    """A float32 and an index side by side in an int64: what a key is made of, without the arithmetic."""
+    return (index.to(tl.int64) << 32) | (value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
 def key_index(key):
     return 0x7FFFFFFF - (key & 0x7FFFFFFF).to(tl.int32)
 

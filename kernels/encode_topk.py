@@ -2,8 +2,8 @@
 """`encode_topk` in one pass over the products: sample, gate, certify, repair. No ``[n, m]``, no host sync.
 
 1. `sample_scores`, `row_bounds`: the scores of a few latents give every row a bound (`encode_plan`).
-2. `gate`: a persistent GEMM; what reaches its row's bound is appended, as a unique key, to the row's buffer. Atomic
-   additions to a counter hand out the slots; keys are unique, so the order of the slots doesn't matter.
+2. `gate`: a persistent GEMM; what reaches its row's bound is appended, score and latent, to the row's buffer. Atomic
+   additions to a counter hand out the slots; `certify` makes unique keys of them, so their order doesn't matter.
 3. `certify`: a row whose count is at least k and fits the buffer has all of its k best in there, whatever the sample
    was: they are cut out. Any other row goes on a list on the device.
 4. `repair_scan`, `repair_merge` (`encode_repair`): rows on the list, exactly, by a bound that rises with what was seen.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOWEST, cdiv, key_index, key_value, next_power_of_2, pack
+from .common import LOWEST, cdiv, from_ordered, key_index, key_value, next_power_of_2, ordered, pack, raw_entry
 from .encode_plan import Sample
 from .encode_tile import Operands, columns_apart, programs, sampled_latent, tile_place, tile_products, tile_scores
 from .select import compact, kth_key
@@ -34,7 +34,7 @@ def row_bounds(
 ):  # fmt: skip
     """The `rank`-th largest sampled entry of every row, as a score and a latent: entries at or above it are candidates.
 
-    Below -Inf (everything passes) where fewer latents were sampled; where it is NaN, only NaN passes.
+    -Inf (everything passes) where fewer latents were sampled; where it is NaN, +Inf and NaN pass.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n
@@ -60,26 +60,37 @@ def row_bounds(
 
 
 @triton.jit
-def append(pre, score, columns, rows, valid, value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr, in_rows,
+def least_scores(value_ptr, index_ptr, rows, in_rows, first):
+    """What a score has to reach, for every row of a tile whose first column is `first`.
+
+    The row's bound; the next float behind the tile where the bounding entry lies: equal scores go by the lower latent.
+    In that tile all that equal the bound pass: they come next in the order, so what passes is still all above an entry.
+    """
+    bound = tl.load(value_ptr + rows, mask=in_rows, other=0.0)
+    last = tl.load(index_ptr + rows, mask=in_rows, other=0)
+    return tl.where((first <= last) | (bound == float("inf")), bound, from_ordered(ordered(bound) + 1))
+
+
+@triton.jit
+def append(pre, score, columns, rows, valid, least, count_ptr, keys_ptr, side_ptr,
            SIDE: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
-    """What reaches its row's bound goes into the row's buffer. All of it is counted, beyond the buffer's end too."""
-    bound = tl.load(value_ptr + rows, mask=in_rows, other=0.0)[:, None]
-    last = tl.load(index_ptr + rows, mask=in_rows, other=0)[:, None]
-    # Not (score <= bound): NaN is the largest. Equal scores by the lower latent, as in the keys.
-    hit = valid & ((score > bound) | (score != score) | ((score == bound) & (columns[None, :] <= last)))
+    """What reaches `least` goes into the row's buffer. All of it is counted, beyond the buffer's end too.
+
+    Every entry of the matrix comes by here: one comparison, and no arithmetic for keys (`certify` makes them).
+    """
+    hit = valid & ((score < least[:, None]) == 0)  # so NaN passes
     slot = tl.atomic_add(count_ptr + rows[:, None] + tl.zeros_like(columns)[None, :], 1, mask=hit, sem="relaxed")
     kept = hit & (slot < CAP)
     to = rows.to(tl.int64)[:, None] * CAP + slot
-    tl.store(keys_ptr + to, pack(score, columns[None, :]), mask=kept)
+    tl.store(keys_ptr + to, raw_entry(score, columns[None, :]), mask=kept)
     if SIDE:
         tl.store(side_ptr + to, pre, mask=kept)
 
 
 @triton.jit
 def append_tile(
-    acc, first, m, rows, in_rows, b_ptr, norms_ptr, mask_ptr,
-    value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr,
-    aux_value_ptr, aux_index_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+    acc, first, m, rows, in_rows, least, aux_least, b_ptr, norms_ptr, mask_ptr,
+    count_ptr, keys_ptr, side_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, SIDE: tl.constexpr,
     AUX: tl.constexpr, CAP: tl.constexpr, AUX_CAP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -88,11 +99,11 @@ def append_tile(
     inside = tl.minimum(columns, m - 1)
     pre, score = tile_scores(acc, inside, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
     valid = in_rows[:, None] & (columns < m)[None, :]
-    append(pre, score, columns, rows, valid, value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr, in_rows, SIDE, CAP)
+    append(pre, score, columns, rows, valid, least, count_ptr, keys_ptr, side_ptr, SIDE, CAP)
     if AUX:
         masked = tl.load(mask_ptr + inside) != 0
-        append(pre, score, columns, rows, valid & masked[None, :], aux_value_ptr, aux_index_ptr, aux_count_ptr,
-               aux_keys_ptr, aux_side_ptr, in_rows, SIDE, AUX_CAP)  # fmt: skip
+        append(pre, score, columns, rows, valid & masked[None, :], aux_least, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+               SIDE, AUX_CAP)  # fmt: skip
 
 
 @triton.jit
@@ -112,15 +123,19 @@ def gate(
         rows = tile_m * BM + tl.arange(0, BM)
         in_rows = rows < n
         columns = tl.minimum(tile_n * BN + tl.arange(0, BN), m - 1)
+        # Ahead of the products, which then hide the time that it takes.
+        least = least_scores(value_ptr, index_ptr, rows, in_rows, tile_n * BN)
+        aux_least = least
+        if AUX:
+            aux_least = least_scores(aux_value_ptr, aux_index_ptr, rows, in_rows, tile_n * BN)
         acc = tile_products(x_ptr, w_ptr, tl.minimum(rows, n - 1), columns, tile_m * BM, tile_n * BN, d,
                             sxn, sxd, swm, swd, TMA, EVEN, PRECISION, BM, BN, BK)  # fmt: skip
         # A part of the columns at a time: beside the accumulators there are few registers for slots and addresses.
         parts = columns_apart(acc, BM, BN, PARTS)
         for part in tl.static_range(PARTS):
             append_tile(
-                parts[part], tile_n * BN + part * (BN // PARTS), m, rows, in_rows, b_ptr, norms_ptr, mask_ptr,
-                value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr,
-                aux_value_ptr, aux_index_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+                parts[part], tile_n * BN + part * (BN // PARTS), m, rows, in_rows, least, aux_least, b_ptr, norms_ptr,
+                mask_ptr, count_ptr, keys_ptr, side_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
                 BIAS, NORMS, MAGNITUDE, SIDE, AUX, CAP, AUX_CAP, BN // PARTS,
             )  # fmt: skip
 
@@ -141,7 +156,7 @@ def certify(
     if LIMIT:
         wanted = tl.minimum(tl.load(limit_ptr), k)
     good = in_rows & (count >= wanted) & (count <= CAP)
-    compact(keys_ptr, side_ptr, rows, good, tl.where(good, count, 0), wanted, SIDE, CAP)
+    compact(keys_ptr, side_ptr, rows, good, tl.where(good, count, 0), wanted, SIDE, CAP, True)
     tl.store(count_ptr + rows, tl.where(good, tl.minimum(count, k), 0), mask=in_rows)
     failed = in_rows & (good == 0)
     slot = tl.atomic_add(failed_ptr + tl.zeros((ROWS,), tl.int32), 1, mask=failed, sem="relaxed")

@@ -35,13 +35,20 @@ def kth_key(keys, k):
 
 
 @triton.jit
-def compact(keys_ptr, side_ptr, rows, in_rows, count, k, SIDE: tl.constexpr, CAP: tl.constexpr):
-    """Cut the first `count` entries of the rows' buffers back to their k best, in place. Returns the bounds."""
+def compact(
+    keys_ptr, side_ptr, rows, in_rows, count, k, SIDE: tl.constexpr, CAP: tl.constexpr, RAW: tl.constexpr = False,
+):  # fmt: skip
+    """Cut the first `count` entries of the rows' buffers back to their k best, in place. Returns the bounds.
+
+    RAW: entries come as `raw_entry` and stay as keys.
+    """
     slots = tl.arange(0, CAP)
     used = in_rows[:, None] & (slots[None, :] < count[:, None])
     at = rows[:, None] * CAP + slots[None, :]
     tl.debug_barrier()  # what other threads of the program have stored
     keys = tl.load(keys_ptr + at, mask=used, other=LOWEST)
+    if RAW:
+        keys = tl.where(used, pack(keys.to(tl.int32).to(tl.float32, bitcast=True), (keys >> 32).to(tl.int32)), LOWEST)
     bound = kth_key(keys, k)
     kept = used & (keys >= bound[:, None])
     to = rows[:, None] * CAP + tl.cumsum(kept.to(tl.int32), 1) - 1
