@@ -325,3 +325,9 @@ def test_a_set_with_a_stranger_asks_every_transcoder():
     assert type(coders[1]) is Own and type(coders[0]) is not SingleLayerTranscoder
     with torch.no_grad():
         _same_parts(*(c.compute_attribution_components(_inputs()) for c in (coders, theirs, theirs)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_meta_device_is_left_to_the_tool(kind):
+    coder, x = fusae.accelerate(_transcoder(kind).to("meta")), torch.empty(N, D, device="meta")
+    assert coder.encode(x).shape == (N, M) and coder.decode(coder.encode(x)).shape == (N, D)

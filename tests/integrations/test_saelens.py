@@ -315,9 +315,10 @@ def test_many_active_latents_run_the_tools_dense_product():
     assert torch.equal(f, tool.encode(data()))
 
 
-def test_meta_device_is_left_to_the_tool():
-    sae = saes.TopKSAE(saes.TopKSAEConfig(d_in=D, d_sae=M, k=3, device="meta"))
-    assert fusae.accelerate(sae).encode(torch.empty(4, D, device="meta")).shape == (4, M)
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_device_is_left_to_the_tool(name):
+    sae = fusae.accelerate(make(INFERENCE, name).to("meta"))
+    assert sae.encode(torch.empty(4, D, device="meta")).shape == (4, M)
 
 
 def test_what_is_left_alone_and_why():

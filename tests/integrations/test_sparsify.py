@@ -375,3 +375,21 @@ def test_explain():
     lines = fusae.explain(coder).splitlines()
     assert lines[0].startswith("(model): SparseCoder on fusae: encode, decode, forward")
     assert len(lines) == 3 and all("unlike the tool" in line for line in lines[1:])
+
+
+@pytest.mark.parametrize("transcode", [False, True])
+def test_meta_device_is_left_to_the_tool(transcode):
+    coder, x = fusae.accelerate(_coder(transcode).to("meta")), torch.empty(N, D, device="meta")
+    assert coder.encode(x).top_acts.shape == (N, K) and coder(x).sae_out.shape == (N, D)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(N, D).double(), torch.zeros(N, D).long(), torch.zeros(N, D - 1)])
+def test_inputs_of_the_wrong_dtype_or_width_raise_what_the_tool_raises(wrong):
+    tool = _coder(transcode=True)
+    fast = fusae.accelerate(copy.deepcopy(tool))
+    for call in ("encode", "forward"):
+        with pytest.raises(RuntimeError) as wanted:
+            getattr(tool, call)(wrong)
+        with pytest.raises(RuntimeError) as found:
+            getattr(fast, call)(wrong)
+        assert str(found.value) == str(wanted.value)

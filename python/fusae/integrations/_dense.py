@@ -18,6 +18,11 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def autocasts(device: torch.device) -> bool:
+    """Whether autocast is on there; torch raises for devices that have none."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def hooked(module: torch.nn.Module) -> bool:
     """Whether somebody watches or edits what passes through a hook point, or through every module."""
     return bool(
@@ -95,9 +100,8 @@ def decode_dense(f: Tensor, W_dec: Tensor, b_dec: Tensor | None = None) -> Tenso
 
     Equivalent to: ``f @ W_dec + b_dec``
     """
-    device = f.device.type
-    if torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
+    if autocasts(f.device):
+        low = torch.get_autocast_dtype(f.device.type)
         f, W_dec, b_dec = f.to(low), W_dec.to(low), None if b_dec is None else b_dec.to(low)
     flat = f.reshape(-1, f.shape[-1])
     return _DecodeDense.apply(flat, W_dec, b_dec).reshape(*f.shape[:-1], W_dec.shape[1])

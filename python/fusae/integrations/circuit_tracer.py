@@ -32,7 +32,7 @@ from ._codes import (
     to_coo,
     wants_grad,
 )
-from ._dense import decode_dense, dense_of, hooked
+from ._dense import autocasts, decode_dense, dense_of, hooked
 from ._swap import Adapter, Swapped
 
 
@@ -76,7 +76,7 @@ class FastTranscoder(Swapped):
 
     def _fusae_serves(self, x: Tensor, W_enc: Tensor) -> bool:
         """Whether the fused encoder takes this call; else the tool's own code runs, or raises its own error."""
-        act, plain = self.activation_function, eager() and not torch.is_autocast_enabled(x.device.type)
+        act, plain = self.activation_function, eager() and not (x.is_meta or autocasts(x.device))
         threshold = getattr(act, "threshold", None)
         return (
             plain
@@ -212,7 +212,7 @@ class FastCrossLayer(Swapped):
         threshold = getattr(act, "threshold", None)
         return (
             eager()
-            and not torch.is_autocast_enabled(x.device.type)
+            and not (x.is_meta or autocasts(x.device))
             and _kind(act) in ("relu", "jumprelu")
             and not wants_grad(x, weights, self.b_enc, threshold)
             and x.dtype == self.dtype

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..codes import SparseCodes
 from ..ops import encode_batch_topk, encode_threshold, encode_topk
 from ._codes import eager, fuses, mostly_zero, wants_grad
-from ._dense import decode_dense, dense_of, hooked
+from ._dense import autocasts, decode_dense, dense_of, hooked
 from ._swap import Adapter, Swapped
 
 _MADE = "SparseDictionary.activation_function_factory.<locals>."
@@ -52,7 +52,7 @@ class FastAutoEncoder(Swapped):
             _plain(x, *parameters)
             and not self.cfg.use_glu_encoder
             and not hooked(self.hook_hidden_pre)
-            and not torch.is_autocast_enabled(x.device.type)
+            and not autocasts(x.device)
             and not wants_grad(x, *parameters, self.W_D)
             and x.ndim in (2, 3)
             and x.shape[-1] == self.W_E.shape[0]
@@ -100,7 +100,7 @@ class FastCrosscoder(Swapped):
 
     def encode(self, x: Tensor, return_hidden_pre: bool = False, *, no_einsum: bool = True, **kwargs: Any) -> Any:
         heads, d, m = self.W_E.shape
-        if not _plain(x, self.W_E, self.b_E) or x.shape[-2:] != (heads, d) or torch.is_autocast_enabled(x.device.type):
+        if not _plain(x, self.W_E, self.b_E) or x.shape[-2:] != (heads, d) or autocasts(x.device):
             return super().encode(x, return_hidden_pre, no_einsum=no_einsum, **kwargs)
         with timer.time("encode"):
             # The sum over heads is one product of matrices; the tool makes [..., n_heads, d_sae] first.

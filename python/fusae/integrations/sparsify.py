@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..ops import decode, encode_topk
-from ._dense import transformed
+from ._dense import autocasts, transformed
 from ._rows import parts, remove_parallel_
 from ._swap import Adapter, Swapped
 
@@ -92,10 +92,15 @@ def _versions(*tensors: Tensor | None) -> list[int | None]:
 class FastSparseCoder(Swapped):
     """Methods of an accelerated `SparseCoder`."""
 
-    def _fusae_serves(self, k: int) -> bool:
+    def _fusae_serves(self, x: Tensor) -> bool:
         """Whether the fused encoder takes this call; else the tool's own code runs, or raises its own error."""
-        m, kind = self.encoder.weight.shape[0], self.cfg.activation
-        return not transformed() and kind in SELECTS and 1 <= k <= m and (kind == "topk" or m % k == 0)
+        (m, d), k, kind = self.encoder.weight.shape, self.cfg.k, self.cfg.activation
+        dtype = self.encoder.weight.dtype
+        fits = x.ndim > 0 and x.shape[-1] == d and x.device.type != "meta"
+        known = kind in SELECTS and 1 <= k <= m and (kind == "topk" or m % k == 0)
+        # The bias that is taken off the input makes its dtype that of the weights.
+        same = torch.promote_types(x.dtype, x.dtype if self.cfg.transcode else self.b_dec.dtype) == dtype
+        return fits and known and (same or autocasts(x.device)) and not transformed()
 
     def _fusae_select(
         self, x: Tensor, k: int, kind: str, aux_mask: Tensor | None = None, k_aux: int = 0
@@ -118,7 +123,7 @@ class FastSparseCoder(Swapped):
         return values if self._fusae_correct else _ReluForward.apply(values)
 
     def encode(self, x: Tensor) -> EncoderOutput:
-        if not self._fusae_serves(self.cfg.k):
+        if not self._fusae_serves(x):
             return super().encode(x)
         x = self._fusae_centred(x)
         codes, _ = self._fusae_select(x, self.cfg.k, self.cfg.activation)
@@ -131,7 +136,7 @@ class FastSparseCoder(Swapped):
         return _LazyOutput(acts, indices, x.clone() if self.cfg.transcode else x, weight, bias)
 
     def decode(self, top_acts: Tensor, top_indices: Tensor) -> Tensor:
-        if transformed() or self.W_dec is None:
+        if transformed() or self.W_dec is None or top_acts.device.type == "meta":
             return super().decode(top_acts, top_indices)
         return self._fusae_decode(top_acts, top_indices.int(), self.b_dec)
 
@@ -151,7 +156,7 @@ class FastSparseCoder(Swapped):
     ) -> ForwardOutput:
         k, kind, multi = self.cfg.k, self.cfg.activation, self.cfg.multi_topk
         m = self.encoder.weight.shape[0]
-        if not self._fusae_serves(k) or self.W_dec is None or (multi and 4 * k > m):
+        if not self._fusae_serves(x) or self.W_dec is None or (multi and 4 * k > m):
             return super().forward(x, y, dead_mask=dead_mask, total_variance=total_variance)
         batch = x.shape[:-1]
         y = x if y is None else y

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...codes import SparseCodes
 from ...ops import decode, encode_batch_topk, encode_threshold, encode_topk
-from .._dense import decode_dense, dense_of, hooked, transformed
+from .._dense import autocasts, decode_dense, dense_of, hooked, transformed
 from .._rows import latent_major_, row_major_
 from .._swap import Adapter, Swapped
 
@@ -70,7 +70,7 @@ class FastDictionary(ABC, Swapped):
         W_enc, device = weights.W_enc, x.device
         if device.type == "meta" or x.ndim < 1 or x.shape[-1] != W_enc.shape[1] or device != W_enc.device:
             return None
-        if torch.is_autocast_enabled(device.type):
+        if autocasts(device):
             if not hasattr(self, "encoder"):  # autocast meets its matrix products, but not their biases
                 return None
         elif x.dtype != W_enc.dtype or not x.is_floating_point():
@@ -103,18 +103,17 @@ class FastDictionary(ABC, Swapped):
         codes = None if options or named else self._fusae_codes(x)
         return super().encode(x, *options, **named) if codes is None else dense_of(codes, x.shape[:-1])
 
-    def decode(self, x: Tensor, *options: Any, **named: Any) -> Tensor:
-        # The tool calls its argument `x` in some classes and `f` in others.
+    def decode(self, f: Tensor, *options: Any, **named: Any) -> Tensor:
         weights = self._fusae_weights()
         W_dec, m = weights.W_dec, weights.W_dec.shape[0]
-        if options or named or self._fusae_aside(x, W_dec) or x.shape[-1:] != (m,) or x.device != W_dec.device:
-            return super().decode(x, *options, **named)
-        if x.device.type == "meta" or (x.dtype != W_dec.dtype and not torch.is_autocast_enabled(x.device.type)):
-            return super().decode(x)
-        rows = x.detach().reshape(-1, m)
+        if options or named or self._fusae_aside(f, W_dec) or f.shape[-1:] != (m,) or f.device != W_dec.device:
+            return super().decode(f, *options, **named)
+        if f.device.type == "meta" or (f.dtype != W_dec.dtype and not autocasts(f.device)):
+            return super().decode(f)
+        rows = f.detach().reshape(-1, m)
         if not rows.shape[0] or float((_sample(rows) != 0).float().mean()) > DENSE:
-            return super().decode(x)
-        return decode_dense(x, W_dec) + weights.b_dec
+            return super().decode(f)
+        return decode_dense(f, W_dec) + weights.b_dec
 
     def forward(self, x: Tensor, output_features: bool = False, *options: Any, **named: Any) -> Any:
         # With features asked for, the reconstruction is part of a graph that leads through them.
@@ -142,10 +141,16 @@ class FastTopK(FastDictionary):
             return super().encode(x, return_topk=return_topk, use_threshold=use_threshold)
         return dense_of(codes, x.shape[:-1])
 
+    def decode(self, x: Tensor) -> Tensor:  # as the tool names its argument here
+        return super().decode(x)
+
 
 class FastBatchTopK(FastDictionary):
     def _fusae_select(self, x: Tensor, weights: Weights) -> SparseCodes | None:
         return self._fusae_above(x, weights, self.threshold.clamp(min=0))
+
+    def decode(self, x: Tensor) -> Tensor:  # as the tool names its argument here
+        return super().decode(x)
 
     def _fusae_batch(self, x: Tensor) -> SparseCodes | None:
         """Codes of the batch's n·k largest, of ``[n, d]`` (the tool takes k times the first dimension of any)."""
@@ -193,7 +198,7 @@ class FastAutoEncoder(FastDictionary):
 class FastAutoEncoderNew(FastAutoEncoder):
     def _fusae_weights(self) -> Weights:
         bias = self.decoder.bias
-        if bias.device.type != "meta" and torch.is_autocast_enabled(bias.device.type):
+        if autocasts(bias.device):
             bias = bias.to(torch.get_autocast_dtype(bias.device.type))  # it is part of the linear layer
         return Weights(self.encoder.weight, self.encoder.bias, self.decoder.weight.T, bias, None)
 
@@ -213,7 +218,7 @@ class FastGated(FastDictionary):
         return Weights(self.encoder.weight, None, self.decoder.weight.T, bias, bias)
 
     def _fusae_select(self, x: Tensor, weights: Weights) -> SparseCodes | None:
-        if torch.is_autocast_enabled(x.device.type):  # its gate and magnitude are then taken in another dtype
+        if autocasts(x.device):  # its gate and magnitude are then taken in another dtype
             return None
         codes = self._fusae_above(x, weights, -self.gate_bias)
         if codes is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...codes import SparseCodes
 from ...ops import encode_threshold, encode_topk
+from .._dense import autocasts
 from ._base import DENSE, Encoded, FastSAE, at, sampled_density
 
 
@@ -93,7 +94,7 @@ class FastGated(FastSAE):
 
     def _fusae_fits(self, x: Tensor) -> bool:
         # Under autocast the tool rounds ``W_enc * exp(r_mag)``, so its magnitudes are of another product.
-        return not torch.is_autocast_enabled(x.device.type) and super()._fusae_fits(x)
+        return not autocasts(x.device) and super()._fusae_fits(x)
 
     def _fusae_encode(self, x: Tensor) -> Encoded | None:
         b_gate = self.b_gate.detach()  # the gate itself has no gradient; a loss of its values has (`extra`)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...ops import decode, decode_loss, encode_batch_topk, encode_topk
-from .._dense import hooked
+from .._dense import autocasts, hooked
 from ._base import Call, Encoded, FastSAE, lazily, lazy, plain
 from .inference import FastTopK, in_dtype, norms_of
 from .training import FastTraining, codes_of, extra_of
@@ -149,7 +149,7 @@ class FastMatryoshkaTraining(FastBatchTopKTraining):
             or hooked(self.hook_sae_recons)
             or hooked(self.hook_sae_acts_post)
             or self.mse_loss_fn is not mse_loss
-            or torch.is_autocast_enabled(sae_in.device.type)
+            or autocasts(sae_in.device)
             or not self._fusae_fits(sae_in)
             or not plain(sae_in, self.b_dec)
             or sae_in.ndim != 2
