@@ -332,3 +332,11 @@ def test_no_dead_and_no_rows():
         fast, tool = pair(make(TRAINING, name))
         ours, theirs = (sae.encode(data(0)) for sae in (fast, tool))
         assert ours.shape == theirs.shape == (0, M)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_of_no_rows(name):
+    fast, tool = pair(make(TRAINING, name))
+    ours, theirs = (sae.training_forward_pass(step_input(data(0))) for sae in (fast, tool))
+    assert ours.sae_out.shape == theirs.sae_out.shape == (0, D) and ours.feature_acts.shape == (0, M)
+    assert list(ours.losses) == list(theirs.losses)

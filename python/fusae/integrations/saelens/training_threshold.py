@@ -112,7 +112,7 @@ class FastGatedTraining(FastTraining, FastGated):
         values = (product.values + at(self.b_gate, product)).relu()
         gate = SparseCodes(values, product.indices, product.m, product.offsets)
         l1 = row_sums(values * at(self.W_dec.norm(dim=1), gate), gate).mean()
-        recons = decode(gate, self.W_dec).reshape(*sae_in.shape[:-1], -1) + self.b_dec
+        recons = decode(gate, self.W_dec).reshape(*sae_in.shape[:-1], self.W_dec.shape[1]) + self.b_dec
         return {
             "l1_loss": step_input.coefficients["l1"] * l1,
             "auxiliary_reconstruction_loss": (recons - sae_in).pow(2).sum(dim=-1).mean(),
