@@ -32,6 +32,7 @@ import typer
 
 from fusae.formats.native import write_json
 from fusae.nn import SparseCoder
+from fusae._pages import large_pages
 from fusae.optim import Adam
 from fusae.plan import measure_rates, needs, speed
 from fusae.testing.bench_row import environment
@@ -248,7 +249,7 @@ def optimiser(
     """The optimiser's share of a step: lazy beside dense, beta1 = 0, on the latents that n·k entries touch."""
     torch.set_num_threads(threads)
     rows = torch.randint(m, (n * k,), generator=torch.Generator().manual_seed(0)).unique()
-    param = torch.zeros(m, d).requires_grad_()
+    param = large_pages(torch.zeros(m, d)).requires_grad_()  # as those of a coder are
     param.data[:, 0] = 1
     grad = torch.sparse_coo_tensor(rows[None], torch.randn(len(rows), d), (m, d), is_coalesced=True,
                                    check_invariants=False)  # fmt: skip

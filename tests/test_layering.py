@@ -18,6 +18,7 @@ TOOLS = (
     *PUBLIC,
     "fusae._fields",
     "fusae._checks",
+    "fusae._pages",
     "fusae.formats",
     "fusae.data",
     "fusae.nn",
@@ -31,6 +32,7 @@ RULES = [
     ("_dispatch.py", ("fusae._vmap",)),
     ("codes.py", ("fusae.ops",)),  # `from_dense` is a front of the op
     ("_fields.py", ()),
+    ("_pages.py", ()),
     ("_checks.py", ("fusae.codes", "fusae._fields")),
     ("ops/__init__.py", ("fusae.ops",)),
     ("ops/", ("fusae._dispatch", "fusae._checks", "fusae.codes", "fusae.ops._once")),

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, _fields
+from .._pages import large_pages
 from ..codes import SparseCodes
 from ..formats.native import load_pair, save_pair
 from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
@@ -65,7 +66,7 @@ class SparseCoder(nn.Module):
         self.config = config
         self.sparse_grad = sparse_grad
         for name, (shape, dtype) in config.parameters().items():
-            setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+            setattr(self, name, nn.Parameter(large_pages(torch.empty(shape, dtype=dtype, device=device))))
         for name, (shape, dtype) in config.buffers().items():
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         if seed is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _checks, _fields
+from .._pages import large_pages
 from ..codes import SparseCodes
 from ..formats.native import load_pair, save_pair
 from ..ops import decode
@@ -67,7 +68,7 @@ class CrossLayerTranscoder(nn.Module):
         self._config = config
         for name, (shape, dtype) in config.parameters().items():
             if not name.startswith("sources."):
-                setattr(self, name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+                setattr(self, name, nn.Parameter(large_pages(torch.empty(shape, dtype=dtype, device=device))))
         self.sources = nn.ModuleList(
             _Source(config.source(s), seed=None, device=device, sparse_grad=sparse_grad) for s in range(config.layers)
         )

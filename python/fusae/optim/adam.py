@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _fields
+from .._pages import large_pages
 from ..ops import adam_rows_
 from ..ops.adam_rows import moment_width
 
@@ -152,7 +153,7 @@ class Adam(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             for name, (shape, dtype) in self._layout(param).items():
-                state[name] = torch.zeros(shape, dtype=dtype, device=param.device)
+                state[name] = large_pages(torch.zeros(shape, dtype=dtype, device=param.device))
             if "master" in state:
                 state["master"].copy_(param.detach())
         return state
@@ -191,7 +192,7 @@ class Adam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for (index, param), layout in zip(pairs, layouts, strict=True):
             kept = {name: saved[index][name].to(param.device, copy=True) for name in layout}
-            kept = {name: value.to(layout[name][1]) for name, value in kept.items()}
+            kept = {name: large_pages(value.to(layout[name][1])) for name, value in kept.items()}
             self.state[param] = {"step": int(saved[index]["step"]), **kept}
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._pages import large_pages
 from ..nn import CrossLayerTranscoder, SparseCoder
 from ..optim import MOMENTS, Adam
 from .forms import new_coder
@@ -49,7 +50,7 @@ def new_training_coder(
     for module in coder.modules():
         for name in MATRICES:
             if isinstance(weight := getattr(module, name, None), nn.Parameter):
-                setattr(module, name, nn.Parameter(torch.empty_like(weight, dtype=torch.bfloat16)))
+                setattr(module, name, nn.Parameter(large_pages(torch.empty_like(weight.data, dtype=torch.bfloat16))))
     if seed is not None:
         coder.tied_init_(seed)
     return coder
