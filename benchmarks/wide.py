@@ -30,9 +30,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from fusae._pages import large_pages
 from fusae.formats.native import write_json
 from fusae.nn import SparseCoder
-from fusae._pages import large_pages
 from fusae.optim import Adam
 from fusae.plan import measure_rates, needs, speed
 from fusae.testing.bench_row import environment
