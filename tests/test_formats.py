@@ -261,6 +261,27 @@ def test_input_norm_in_16_bits_and_its_gradient(kind):
 # --- what a format leaves open --------------------------------------------------------------------------------------
 
 
+def test_a_k_that_the_file_contradicts(tmp_path):
+    for name in ("topk", "batchtopk"):
+        path = w.saelens(tmp_path / name, name).path
+        assert fusae.load(path, k=K).config.k == K
+        with pytest.raises(FormatError, match=rf"cfg.json: field 'k' is {K}, but k is {K + 1}"):
+            fusae.load(path, k=K + 1)
+    with pytest.raises(FormatError, match=r"field 'architecture' is 'gated', so k must not be given"):
+        fusae.load(w.saelens(tmp_path / "gated", "gated").path, k=K)
+    traced = layers.circuit_tracer(tmp_path / "plt", "topk")[0].path
+    with pytest.raises(FormatError, match=rf"config.yaml: field 'k' is {K}, but k is 1"):
+        fusae.load(traced, layer=0, k=1)
+    counted = w.dictionary_learning(tmp_path / "dl", "AutoEncoderTopK").path
+    tensors = torch.load(counted / "ae.pt", weights_only=True)
+    for there in (tensors, {name: value for name, value in tensors.items() if name != "k"}):
+        torch.save(there, counted / "ae.pt")
+        with pytest.raises(FormatError, match=rf"k' is {K}(\.0)?, but k is 1"):
+            fusae.load(counted, k=1)
+    fraction = w.saelens(tmp_path / "fraction", "batchtopk", k=K + 0.5).path
+    assert fusae.load(fraction, k=K).config.k == K
+
+
 def test_hints(tmp_path):
     plain = tmp_path / "plain" / "layer7.sae.pt"
     plain.parent.mkdir()

@@ -77,8 +77,11 @@ def _activation(config: Path, given: str | None, k: int | None) -> tuple[str | N
         given = cfg.choice("activation", ("relu", "topk", "jump_relu", "jumprelu"))
     if given not in (None, "relu", "topk", "jump_relu", "jumprelu"):
         raise ValueError(f"activation must be 'relu', 'jumprelu' or 'topk', got {given!r}")
-    if k is None and "k" in cfg:
-        k = cfg.whole("k")
+    if "k" in cfg:
+        said = cfg.whole("k")
+        if k not in (None, said):
+            raise cfg.error("k", f"is {said}, but k is {k}")
+        k = said
     return given, k, _about(cfg)
 
 

@@ -105,6 +105,8 @@ def _k(tensors: Tensors, trainer: Fields | None, k: int | None, m: int) -> int:
     for name, other in (("k", k), ("k of config.json", said)):
         if stored is not None and other is not None and other != stored:
             raise tensors.error("k", f"is {stored}, but {name} is {other}")
+    if None not in (k, said) and k != said:
+        raise trainer.error("k", f"is {said}, but k is {k}")
     if stored is None and k is None and said is None:
         raise FormatError(f"{tensors.path}: there is no tensor 'k', and no {CONFIG} that has it: give k=")
     return int(next(value for value in (stored, k, said) if value is not None))

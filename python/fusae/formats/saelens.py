@@ -72,9 +72,11 @@ def load(path: Path, k: int | None = None, input_scale: float | None = None) -> 
         "b_dec": tensors.take("b_dec", out),
     }
     if select in ("topk", "abs", "batch_topk"):
-        fields["k"] = k if k is not None else cfg.whole("k", high=m)
+        fields["k"] = _k(cfg, k, m)
         by_norm = cfg.flag("rescale_acts_by_decoder_norm", select == "batch_topk")
         fields |= {"select_by_norm": by_norm, "activation": "none" if select == "abs" else "relu"}
+    elif k is not None:
+        raise cfg.error("architecture", f"is {architecture!r}, so k must not be given")
     if architecture == "gated":
         fields["gated"] = True
         for ours, name in (("b_enc", "b_gate"), ("r_mag", "r_mag"), ("b_mag", "b_mag")):
@@ -95,6 +97,16 @@ def load(path: Path, k: int | None = None, input_scale: float | None = None) -> 
     tensors.end()
     parts = Parts(path, weights, fields, _metadata(cfg, old), dtype, transcoder)
     return _normalised(parts, cfg, path, input_scale)
+
+
+def _k(cfg: Fields, given: int | None, m: int) -> int:
+    stored = cfg.values.get("k")
+    if given is not None and isinstance(stored, float) and not stored.is_integer():
+        return given
+    k = cfg.whole("k", high=m)
+    if given not in (None, k):
+        raise cfg.error("k", f"is {k}, but k is {given}")
+    return k
 
 
 def _is_old(cfg: Fields) -> bool:
