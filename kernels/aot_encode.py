@@ -15,7 +15,7 @@ _I64 = ("sxn", "sxd", "swm", "swd", "stride_n", "stride_m", "stride")
 _POINTERS = {
     "keys_ptr": "*i64", "aux_keys_ptr": "*i64", "side_ptr": "*fp32", "aux_side_ptr": "*fp32", "value_ptr": "*fp32",
     "aux_value_ptr": "*fp32", "index_ptr": "*i32", "aux_index_ptr": "*i32", "count_ptr": "*i32",
-    "aux_count_ptr": "*i32", "bound_ptr": "*i64", "failed_ptr": "*i32", "list_ptr": "*i32",
+    "tally_ptr": "*i32", "aux_tally_ptr": "*i32", "bound_ptr": "*i64", "failed_ptr": "*i32", "list_ptr": "*i32",
     "mask_ptr": "*u8", "norms_ptr": "*fp32", "scores_ptr": "*fp32", "fill_ptr": "*i32", "indices_ptr": "*i32",
     "limit_ptr": "*i32", "above_ptr": "*i32", "entry_ptr": "*i64", "place_ptr": "*i64", "state_ptr": "*u8",
     "pivot_ptr": "*i32", "equal_ptr": "*i32", "quota_ptr": "*i32", "smallest_ptr": "*i32", "prefix_ptr": "*i32",

@@ -26,10 +26,14 @@ from .encode_tile import Operands, columns_apart, programs, sampled_latent, tile
 from .select import compact, kth_key
 from .topk import emit, program_rows, scan_warps
 
+APART = tl.constexpr(8)
+"""Places from one row's counter to the next, 32 bytes. Were they side by side, Triton would lay the slots out by rows,
+and every entry would cross shared memory twice: for its slot and for its place."""
+
 
 @triton.jit
 def row_bounds(
-    scores_ptr, mask_ptr, value_ptr, index_ptr, count_ptr, failed_ptr, n, size, step, rank,
+    scores_ptr, mask_ptr, value_ptr, index_ptr, tally_ptr, failed_ptr, n, size, step, rank,
     MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The `rank`-th largest sampled entry of every row, as a score and a latent: entries at or above it are candidates.
@@ -54,7 +58,7 @@ def row_bounds(
     nan = value != value
     tl.store(value_ptr + rows, tl.where(nan, float("inf"), value), mask=in_rows)
     tl.store(index_ptr + rows, tl.where(nan, -1, index), mask=in_rows)
-    tl.store(count_ptr + rows, tl.zeros((ROWS,), tl.int32), mask=in_rows)
+    tl.store(tally_ptr + rows * APART, tl.zeros((ROWS,), tl.int32), mask=in_rows)
     if tl.program_id(0) == 0:
         tl.store(failed_ptr, 0)
 
@@ -72,14 +76,15 @@ def least_scores(value_ptr, index_ptr, rows, in_rows, first):
 
 
 @triton.jit
-def append(pre, score, columns, rows, valid, least, count_ptr, keys_ptr, side_ptr,
+def append(pre, score, columns, rows, valid, least, tally_ptr, keys_ptr, side_ptr,
            SIDE: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
     """What reaches `least` goes into the row's buffer. All of it is counted, beyond the buffer's end too.
 
     Every entry of the matrix comes by here: one comparison, and no arithmetic for keys (`certify` makes them).
     """
     hit = valid & ((score < least[:, None]) == 0)  # so NaN passes
-    slot = tl.atomic_add(count_ptr + rows[:, None] + tl.zeros_like(columns)[None, :], 1, mask=hit, sem="relaxed")
+    own = (rows * APART)[:, None] + tl.zeros_like(columns)[None, :]
+    slot = tl.atomic_add(tally_ptr + own, 1, mask=hit, sem="relaxed")
     kept = hit & (slot < CAP)
     to = rows.to(tl.int64)[:, None] * CAP + slot
     tl.store(keys_ptr + to, raw_entry(score, columns[None, :]), mask=kept)
@@ -90,7 +95,7 @@ def append(pre, score, columns, rows, valid, least, count_ptr, keys_ptr, side_pt
 @triton.jit
 def append_tile(
     acc, first, m, rows, in_rows, least, aux_least, b_ptr, norms_ptr, mask_ptr,
-    count_ptr, keys_ptr, side_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+    tally_ptr, keys_ptr, side_ptr, aux_tally_ptr, aux_keys_ptr, aux_side_ptr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, SIDE: tl.constexpr,
     AUX: tl.constexpr, CAP: tl.constexpr, AUX_CAP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
@@ -99,18 +104,18 @@ def append_tile(
     inside = tl.minimum(columns, m - 1)
     pre, score = tile_scores(acc, inside, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
     valid = in_rows[:, None] & (columns < m)[None, :]
-    append(pre, score, columns, rows, valid, least, count_ptr, keys_ptr, side_ptr, SIDE, CAP)
+    append(pre, score, columns, rows, valid, least, tally_ptr, keys_ptr, side_ptr, SIDE, CAP)
     if AUX:
         masked = tl.load(mask_ptr + inside) != 0
-        append(pre, score, columns, rows, valid & masked[None, :], aux_least, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+        append(pre, score, columns, rows, valid & masked[None, :], aux_least, aux_tally_ptr, aux_keys_ptr, aux_side_ptr,
                SIDE, AUX_CAP)  # fmt: skip
 
 
 @triton.jit
 def gate(
     x_ptr, w_ptr, b_ptr, norms_ptr, mask_ptr,
-    value_ptr, index_ptr, count_ptr, keys_ptr, side_ptr,
-    aux_value_ptr, aux_index_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+    value_ptr, index_ptr, tally_ptr, keys_ptr, side_ptr,
+    aux_value_ptr, aux_index_ptr, aux_tally_ptr, aux_keys_ptr, aux_side_ptr,
     n, m, d, sxn, sxd, swm, swd,
     TMA: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, SIDE: tl.constexpr,
     AUX: tl.constexpr, CAP: tl.constexpr, AUX_CAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -135,14 +140,14 @@ def gate(
         for part in tl.static_range(PARTS):
             append_tile(
                 parts[part], tile_n * BN + part * (BN // PARTS), m, rows, in_rows, least, aux_least, b_ptr, norms_ptr,
-                mask_ptr, count_ptr, keys_ptr, side_ptr, aux_count_ptr, aux_keys_ptr, aux_side_ptr,
+                mask_ptr, tally_ptr, keys_ptr, side_ptr, aux_tally_ptr, aux_keys_ptr, aux_side_ptr,
                 BIAS, NORMS, MAGNITUDE, SIDE, AUX, CAP, AUX_CAP, BN // PARTS,
             )  # fmt: skip
 
 
 @triton.jit
 def certify(
-    keys_ptr, side_ptr, count_ptr, limit_ptr, failed_ptr, list_ptr, n, k,
+    keys_ptr, side_ptr, tally_ptr, count_ptr, limit_ptr, failed_ptr, list_ptr, n, k,
     LIMIT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Cut certified rows back to their k best; list the others, and leave them a count of 0.
@@ -151,7 +156,7 @@ def certify(
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_rows = rows < n
-    count = tl.load(count_ptr + rows, mask=in_rows, other=0)
+    count = tl.load(tally_ptr + rows * APART, mask=in_rows, other=0)
     wanted = k
     if LIMIT:
         wanted = tl.minimum(tl.load(limit_ptr), k)
@@ -182,6 +187,7 @@ class Candidates:
         self.keys = empty(n, cap, dtype=torch.int64)
         self.pre = empty(n if self.side else 1, cap if self.side else 1, dtype=torch.float32)
         self.value, self.index = empty(n, dtype=torch.float32), empty(n, dtype=torch.int32)
+        self.tally = empty(n * APART.value, dtype=torch.int32)
         self.count, self.list = empty(n, dtype=torch.int32), empty(n, dtype=torch.int32)
         self.failed = empty(1, dtype=torch.int32)
         # Latents to select among, where a mask may leave fewer than k: known to the device alone.
@@ -192,20 +198,20 @@ class Candidates:
         block = next_power_of_2(size)
         rows = program_rows(n, block)
         row_bounds[(cdiv(n, rows),)](
-            scores, scores if self.mask is None else self.mask, self.value, self.index, self.count, self.failed, n,
+            scores, scores if self.mask is None else self.mask, self.value, self.index, self.tally, self.failed, n,
             size, self.operands.m // size, self.sample.rank, MASK=self.mask is not None, ROWS=rows, BLOCK=block,
             num_warps=scan_warps(rows * block),
         )  # fmt: skip
 
     def arguments(self) -> tuple[Tensor, ...]:
-        return self.value, self.index, self.count, self.keys, self.pre
+        return self.value, self.index, self.tally, self.keys, self.pre
 
     def certify(self) -> None:
         n, cap = self.operands.n, self.sample.cap
         rows = program_rows(n, cap)
         certify[(cdiv(n, rows),)](
-            self.keys, self.pre, self.count, self.count if self.limit is None else self.limit, self.failed, self.list,
-            n, self.k, LIMIT=self.limit is not None, SIDE=self.side, ROWS=rows, CAP=cap,
+            self.keys, self.pre, self.tally, self.count, self.count if self.limit is None else self.limit, self.failed,
+            self.list, n, self.k, LIMIT=self.limit is not None, SIDE=self.side, ROWS=rows, CAP=cap,
             num_warps=scan_warps(rows * cap),
         )  # fmt: skip
 
