@@ -49,8 +49,9 @@ def default_tiles(dtype: torch.dtype, d: int, capability: tuple[int, int] | None
         return Tiles(64, 128, 32, 8, 3)
     if capability[0] == 9:
         return Tiles(128, 256, 64, 8, 3, parts=8)
-    if capability[0] >= 10:
+    if capability[0] in (10, 11):
         return Tiles(128, 128, 64, 8, 4)
+    # Also 8.6, 8.9 and 12: 64 KB of the 99 that a block has there.
     return Tiles(128, 128, 32, 8, 4)
 
 
@@ -107,7 +108,11 @@ def fused(n: int, m: int, k: int, k_aux: int, select: str, width: int, forced: s
 
 
 def chunk(n: int, m: int, multiple: int = 1, limit: int = 256 << 20) -> tuple[int, int]:
-    """(rows, columns) of a piece of float32 scores of at most `limit` bytes or so; columns a multiple of `multiple`."""
+    """(rows, columns) of a piece of float32 scores of at most `limit` bytes or so; columns a multiple of `multiple`.
+
+    And of 64, unless there is another multiple: rows that begin at odd addresses are slow to write and to read.
+    """
+    multiple = 64 if multiple == 1 else multiple
     columns = min(m, max(multiple, 32_768 // multiple * multiple))
     rows = max(1, min(n, limit // (4 * columns)))
     if rows == n:

@@ -160,11 +160,24 @@ def test_a_sample_seldom_fails(m, k):
 
 
 def test_pieces_cover_every_latent_in_bounded_memory():
-    for n, m, multiple in ((8192, 131_072, 1), (5, 1_000_003, 1), (8192, 131_072, 512), (10**6, 70_000, 70_000)):
+    whole = 70_000
+    for n, m, multiple in (
+        (8192, 131_072, 1), (5000, 131_072, 1), (5, 1_000_003, 1), (8192, 131_072, 512), (10**6, whole, whole),
+    ):  # fmt: skip
         rows, columns = plan.chunk(n, m, multiple)
         assert 1 <= rows <= max(n, 1) and 1 <= columns <= m
-        assert columns % multiple == 0 or columns == m
+        assert columns % (64 if multiple == 1 else multiple) == 0 or columns == m
         assert rows * columns * 4 <= 2 * max(256 << 20, 4 * multiple)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("capability", "shared"), [((8, 0), 163), ((8, 9), 99), ((9, 0), 227), ((10, 0), 227), ((12, 0), 99)]
+)
+def test_the_operands_of_all_stages_fit_a_block(capability, shared, dtype):
+    """KB of shared memory that a block can have."""
+    t = plan.default_tiles(dtype, 4096, capability)
+    assert t.stages * (t.BM + t.BN) * t.BK * dtype.itemsize <= shared * 1024
 
 
 def test_repairs_are_split_over_the_columns_when_few():
