@@ -186,6 +186,7 @@ def test_what_the_step_hands_out_is_as_good_as_a_tensor():
     with torch.no_grad():
         ours[:, 5] = 7.0
     assert ours[0, 5] == 7.0 and ours.sum(0)[5] == 7.0 * 72
+    assert not ours.detach_().requires_grad
 
 
 def test_gradients_by_what_was_not_in_the_graph_are_refused():

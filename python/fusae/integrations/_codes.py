@@ -8,14 +8,8 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..ops import codes_from_dense, decode
-from ._dense import transformed
 
 ROWS = 64  # rows whose dense activations are held at a time, where there is no fused encoder
-
-
-def eager() -> bool:
-    """Whether ops run as they are called: no functorch transform, no forward-mode derivative, no ``torch.compile``."""
-    return not transformed() and not torch.compiler.is_compiling()
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -30,13 +24,6 @@ def fuses(x: Tensor, n: int) -> bool:
     there reading the weights takes all the time.
     """
     return x.device.type != "cpu" or (x.dtype in (torch.float32, torch.float64) and n >= 32)
-
-
-def mostly_zero(f: Tensor) -> bool:
-    """Whether few enough of the activations ``[..., m]`` are non-zero for the sparse decoder, judged by some rows."""
-    rows = f.detach().reshape(-1, f.shape[-1])
-    some = rows[:: max(1, rows.shape[0] // 8)]
-    return int(some.count_nonzero()) * 16 <= some.numel()
 
 
 def by_blocks(x: Tensor, activations, m: int) -> SparseCodes:

@@ -10,12 +10,21 @@ from torch import Tensor
 from ..codes import SparseCodes
 from ..ops import codes_from_dense, decode
 
+# Above this share of active latents dense products are faster than sparse ones, and the tool's own code runs.
+DENSE = 1 / 16
+SAMPLED = 8  # rows that it is judged by
+
 
 def transformed() -> bool:
     """Whether a functorch transform or a forward-mode derivative is under way, which the tool's own code serves."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def eager() -> bool:
+    """Whether ops run as they are called: no functorch transform, no forward-mode derivative, no ``torch.compile``."""
+    return not transformed() and not torch.compiler.is_compiling()
 
 
 def autocasts(device: torch.device) -> bool:
@@ -34,16 +43,29 @@ def hooked(module: torch.nn.Module) -> bool:
     )
 
 
+def sampled(rows: Tensor) -> Tensor:
+    """A few of the rows ``[n, ...]``, from all over."""
+    return rows[:: max(1, rows.shape[0] // SAMPLED)]
+
+
+def mostly_zero(f: Tensor) -> bool:
+    """Whether few enough of the activations ``[..., m]`` are non-zero for the sparse decoder, judged by some rows."""
+    some = sampled(f.detach().reshape(-1, f.shape[-1]))
+    return int(some.count_nonzero()) <= DENSE * some.numel()
+
+
 class _DenseOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, place: Tensor, size: int) -> Tensor:
+    def forward(ctx, values: Tensor, place: Tensor, shape: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(place)
-        return values.new_zeros(size).index_copy_(0, place, values)
+        f = values.new_zeros(shape)  # no view of another: it may be detached in place
+        f.view(-1).index_copy_(0, place, values)
+        return f
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         (place,) = ctx.saved_tensors
-        return grad[place], None, None
+        return grad.reshape(-1)[place], None, None
 
 
 def dense_of(codes: SparseCodes, batch: torch.Size) -> Tensor:
@@ -58,7 +80,7 @@ def dense_of(codes: SparseCodes, batch: torch.Size) -> Tensor:
         used = codes._used()
         values, rows = codes.values[:used], torch.arange(n, device=indices.device) * codes.m
         place = torch.repeat_interleave(rows, codes.offsets.diff(), output_size=used) + indices[:used]
-    return _DenseOf.apply(values, place, n * codes.m).reshape(*batch, codes.m)
+    return _DenseOf.apply(values, place, (*batch, codes.m))
 
 
 class _DecodeDense(torch.autograd.Function):

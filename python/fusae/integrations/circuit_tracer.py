@@ -22,17 +22,15 @@ from ._attribution import FastContext, FastContextNNSight, FastModel
 from ._codes import (
     ascending,
     by_blocks,
-    eager,
     from_coo,
     fuses,
     gather_scaled,
-    mostly_zero,
     spread,
     sum_rows,
     to_coo,
     wants_grad,
 )
-from ._dense import autocasts, decode_dense, dense_of, hooked
+from ._dense import autocasts, decode_dense, dense_of, eager, hooked, mostly_zero
 from ._swap import Adapter, Swapped
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..codes import SparseCodes
 from ..ops import encode_batch_topk, encode_threshold, encode_topk
-from ._codes import eager, fuses, mostly_zero, wants_grad
-from ._dense import autocasts, decode_dense, dense_of, hooked
+from ._codes import fuses, wants_grad
+from ._dense import autocasts, decode_dense, dense_of, eager, hooked, mostly_zero
 from ._swap import Adapter, Swapped
 
 _MADE = "SparseDictionary.activation_function_factory.<locals>."

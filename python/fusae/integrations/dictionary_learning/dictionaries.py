@@ -21,13 +21,9 @@ from torch import Tensor, nn
 
 from ...codes import SparseCodes
 from ...ops import decode, encode_batch_topk, encode_threshold, encode_topk
-from .._dense import autocasts, decode_dense, dense_of, hooked, transformed
+from .._dense import DENSE, autocasts, decode_dense, dense_of, eager, hooked, mostly_zero, sampled
 from .._rows import latent_major_, row_major_
 from .._swap import Adapter, Swapped
-
-# Above this share of active latents dense products are faster than sparse ones, and the tool's own code runs.
-DENSE = 1 / 16
-SAMPLED = 8  # rows that it is judged by
 
 
 class Weights(NamedTuple):
@@ -38,10 +34,6 @@ class Weights(NamedTuple):
     W_dec: Tensor  # [m, d]
     b_dec: Tensor  # [d]
     b_pre: Tensor | None  # [d], taken from the input
-
-
-def _sample(rows: Tensor) -> Tensor:
-    return rows[:: max(1, rows.shape[0] // SAMPLED)]
 
 
 # ABC first, as in the tool's `Dictionary`: Python swaps classes whose objects are laid out by the same bases.
@@ -58,7 +50,7 @@ class FastDictionary(ABC, Swapped):
 
     def _fusae_aside(self, *tensors: Any) -> bool:
         """Whether the tool's own code has to run: it is transformed or watched, or these are no ordinary tensors."""
-        if torch.compiler.is_compiling() or transformed():
+        if not eager():
             return True
         linear = [part for part in (getattr(self, "encoder", None), getattr(self, "decoder", None)) if part is not None]
         odd = any(type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided for t in tensors)
@@ -88,7 +80,7 @@ class FastDictionary(ABC, Swapped):
         """Codes of what is above `threshold` ``[m]`` or scalar, unless that is much."""
         threshold = threshold.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         with torch.no_grad():
-            pre = torch.nn.functional.linear(_sample(x), weights.W_enc, weights.b_enc)
+            pre = torch.nn.functional.linear(sampled(x), weights.W_enc, weights.b_enc)
             if x.shape[0] and float((pre > threshold).float().mean()) > DENSE:
                 return None
         return encode_threshold(x, weights.W_enc, weights.b_enc, threshold)
@@ -110,8 +102,7 @@ class FastDictionary(ABC, Swapped):
             return super().decode(f, *options, **named)
         if f.device.type == "meta" or (f.dtype != W_dec.dtype and not autocasts(f.device)):
             return super().decode(f)
-        rows = f.detach().reshape(-1, m)
-        if not rows.shape[0] or float((_sample(rows) != 0).float().mean()) > DENSE:
+        if not f.numel() or not mostly_zero(f):
             return super().decode(f)
         return decode_dense(f, W_dec) + weights.b_dec
 

@@ -17,14 +17,11 @@ from torch import Tensor, nn
 
 from ...codes import SparseCodes
 from ...ops import codes_from_dense, decode
-from .._dense import decode_dense, hooked, transformed
+from .._dense import SAMPLED, decode_dense, eager, hooked, sampled
 from .._later import Activations
 from .._swap import Swapped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Above this share of active latents dense products are the faster decoder and backward pass: the tool's own code runs.
-DENSE = 1 / 16
-SAMPLED = 8
 
 
 class Call(NamedTuple):
@@ -76,7 +73,7 @@ def sampled_density(x: Tensor, W_enc: Tensor, b_enc: Tensor, above: Tensor | flo
     if x.shape[0] < 8 * SAMPLED:
         return 0.0
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-        return float((x[:: x.shape[0] // SAMPLED] @ W_enc + b_enc > above).float().mean())
+        return float((sampled(x) @ W_enc + b_enc > above).float().mean())
 
 
 def at(vector: Tensor, codes: SparseCodes) -> Tensor:
@@ -106,7 +103,7 @@ class FastSAE(Swapped):
         return None
 
     def _fusae_aside(self) -> bool:
-        return torch.compiler.is_compiling() or transformed() or hooked(self.hook_sae_acts_pre)
+        return not eager() or hooked(self.hook_sae_acts_pre)
 
     def _fusae_fits(self, x: Any) -> bool:
         """Whether fused code can take these inputs and weights as they are now; if not, the tool says what is wrong."""
@@ -151,7 +148,7 @@ class FastSAE(Swapped):
         return self._fusae_handed_out(encoded, sae_in.shape[:-1], lazy(self) is not None)
 
     def decode(self, feature_acts: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or transformed():
+        if not eager():
             return super().decode(feature_acts)
         if isinstance(feature_acts, Activations):
             if feature_acts.sparse:

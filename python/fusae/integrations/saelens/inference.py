@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ...codes import SparseCodes
 from ...ops import encode_threshold, encode_topk
-from .._dense import autocasts
-from ._base import DENSE, Encoded, FastSAE, at, sampled_density
+from .._dense import DENSE, autocasts
+from ._base import Encoded, FastSAE, at, sampled_density
 
 
 class FastStandard(FastSAE):

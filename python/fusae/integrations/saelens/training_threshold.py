@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...codes import SparseCodes
 from ...ops import decode, encode_threshold
-from .._dense import hooked
+from .._dense import DENSE, hooked
 from .._later import made
-from ._base import DENSE, Encoded, at, lazy, plain, sampled_density
+from ._base import Encoded, at, lazy, plain, sampled_density
 from .inference import FastGated, FastStandard, in_dtype
 from .training import FastTraining, codes_of, extra_of
 
