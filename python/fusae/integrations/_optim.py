@@ -31,33 +31,20 @@ def _fusible(optimizer: torch.optim.Optimizer) -> bool:
     )
 
 
-def _turned(optimizer: torch.optim.Adam) -> list[torch.nn.Parameter]:
-    """Matrices ``[d, m]`` whose memory is latent-major, after their gradient and moments were laid out alike."""
-    turned = []
+@torch.no_grad()
+def align(optimizer: torch.optim.Optimizer) -> None:
+    """Gradients and moments in the memory order of their parameter.
+
+    torch's fused Adam goes through all of them in the order of memory and does not look whether that is the same.
+    """
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is None or p.grad.is_sparse:
-                continue
             state = optimizer.state.get(p, {})
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape and value.stride() != p.stride():
-                    state[key] = torch.empty_like(p).copy_(value)
-            if p.grad.stride() != p.stride():
+                    state[key] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+            if p.grad is not None and not p.grad.is_sparse and p.grad.stride() != p.stride():
                 p.grad = torch.empty_like(p).copy_(p.grad)
-            if p.ndim == 2 and not p.is_contiguous() and p.T.is_contiguous():
-                turned.append(p)
-    return turned
-
-
-def _turn(optimizer: torch.optim.Adam, p: torch.nn.Parameter) -> None:
-    """The parameter, its gradient and its moments as their transposes: views, so that memory is read in order."""
-    grad, p.grad = p.grad, None
-    shape = p.shape
-    p.data = p.data.T
-    p.grad = None if grad is None else grad.T
-    for key, value in optimizer.state.get(p, {}).items():
-        if isinstance(value, Tensor) and value.shape == shape:
-            optimizer.state[p][key] = value.T
 
 
 @contextlib.contextmanager
@@ -69,17 +56,12 @@ def fused_adam(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     if not _fusible(optimizer):
         yield
         return
-    with torch.no_grad():
-        turned = _turned(optimizer)
-        before = [group["fused"] for group in optimizer.param_groups]
-        try:
-            for group in optimizer.param_groups:
-                group["fused"] = True
-            for p in turned:
-                _turn(optimizer, p)
-            yield
-        finally:
-            for p in turned:
-                _turn(optimizer, p)
-            for group, fused in zip(optimizer.param_groups, before, strict=True):
-                group["fused"] = fused
+    align(optimizer)
+    before = [group["fused"] for group in optimizer.param_groups]
+    try:
+        for group in optimizer.param_groups:
+            group["fused"] = True
+        yield
+    finally:
+        for group, fused in zip(optimizer.param_groups, before, strict=True):
+            group["fused"] = fused

@@ -1,41 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAELens' trainer: its Adam in one pass over memory, and an encoder held the way its gradient is made.
 
-Both belong together: PyTorch's fused Adam takes parameter and moments in the order of memory and does not look whether
-that is the same for both. So they change here alone, where both are in hand; a saved state is as the tool writes it.
+Both belong together (see `align`). So they change here alone, where both are in hand; a saved state is as the tool
+writes it.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 
 import torch
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from .._optim import align
 from .._swap import SwappedGeneric, accelerate
 from .training import FastTraining
 
 _saving: weakref.WeakKeyDictionary[Optimizer, object] = weakref.WeakKeyDictionary()
 _OURS, _TOOLS = {"fused": True, "foreach": False}, {"fused": None, "foreach": None}
-
-
-def _moments(optimizer: Optimizer) -> Iterator[tuple[Tensor, dict, str]]:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            state = optimizer.state.get(param, {})
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == param.shape and value.ndim == 2:
-                    yield param, state, name
-
-
-def _align(optimizer: Optimizer) -> None:
-    """Moments in the memory order of their parameter."""
-    for param, state, name in _moments(optimizer):
-        if state[name].stride() != param.stride():
-            state[name] = torch.empty_like(param, dtype=state[name].dtype).copy_(state[name])
 
 
 def _as_the_tool_saves(optimizer: Optimizer, saved: dict) -> dict:
@@ -68,7 +52,7 @@ class FastTrainer(SwappedGeneric):
 
     def _train_step(self, sae: FastTraining, sae_in: Tensor):
         if _fuse(self.optimizer):  # again: a loaded state brings its own options
-            _align(self.optimizer)
+            align(self.optimizer)
         return super()._train_step(sae, sae_in)
 
 
@@ -94,7 +78,7 @@ def prepare(trainer: SAETrainer) -> None:
         return
     W.data = W.data.T.contiguous().T
     _fuse(trainer.optimizer)
-    _align(trainer.optimizer)
+    align(trainer.optimizer)
     _saving[trainer.optimizer] = trainer.optimizer.register_state_dict_post_hook(_as_the_tool_saves)
 
 
@@ -109,7 +93,7 @@ def undo(trainer: SAETrainer) -> None:
             group.update(_TOOLS)
         for param in group["params"]:
             param.data = param.data.contiguous()
-    _align(optimizer)
+    align(optimizer)
 
 
 def why_not(trainer: SAETrainer) -> str | None:
