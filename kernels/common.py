@@ -4,6 +4,9 @@
 Addresses. ``n·m``, ``m·d``, ``n·k·d`` and the storage of codes pass 2³¹: whatever is multiplied by a stride is int64
 (`tl.program_id` and `tl.arange` are int32: ``pid.to(tl.int64)`` first). Latents and rows themselves fit int32.
 
+Specialisation. A kernel is compiled anew for an integer argument of 1, and for multiples of 16. What changes from call
+to call (n, k) is in ``do_not_specialize``; widths and strides aren't, as the alignment of addresses follows from them.
+
 Masked loads always pass ``other``: the interpreter gives 0 without it, a GPU anything.
 """
 

@@ -26,7 +26,7 @@ def passes(pre, score, limit, half, WINDOW: tl.constexpr):
     return above, above
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gate_ragged(
     x_ptr, w_ptr, b_ptr, norms_ptr, limit_ptr, count_ptr, above_ptr, entry_ptr, n, m, d, half, sxn, sxd, swm, swd,
     TMA: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, WINDOW: tl.constexpr,
@@ -61,7 +61,7 @@ def gate_ragged(
                 tl.atomic_add(above_ptr + rows, tl.sum((valid & above).to(tl.int32), 1), mask=in_rows, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "capacity"])
 def write_ragged(
     entry_ptr, count_ptr, place_ptr, limit_ptr, values_ptr, indices_ptr, state_ptr, total, capacity, half,
     WINDOW: tl.constexpr, CAP: tl.constexpr, UNITS: tl.constexpr, CHUNK: tl.constexpr,
@@ -94,7 +94,7 @@ def write_ragged(
     tl.store(indices_ptr + to, latent, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "capacity"])
 def scan_ragged(
     x_ptr, w_ptr, b_ptr, norms_ptr, limit_ptr, pivot_ptr, equal_ptr, quota_ptr,
     count_ptr, place_ptr, values_ptr, indices_ptr, state_ptr, smallest_ptr, n, m, d, capacity, half, sxn, sxd, swm, swd,
@@ -174,7 +174,7 @@ def scan_ragged(
                     tl.store(count_ptr + own, taken, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def count_scores(
     x_ptr, w_ptr, b_ptr, norms_ptr, prefix_ptr, bins_ptr, equal_ptr, n, m, d, sxn, sxd, swm, swd,
     SHIFT: tl.constexpr, BITS: tl.constexpr, EQUAL: tl.constexpr, SPLITS: tl.constexpr,

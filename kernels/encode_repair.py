@@ -28,7 +28,7 @@ def splits_of(units, blocks, most):
     return tl.maximum(1, tl.minimum(units // tl.maximum(blocks, 1), most))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k", "units", "most"])
 def repair_scan(
     x_ptr, w_ptr, b_ptr, norms_ptr, mask_ptr, failed_ptr, list_ptr, keys_ptr, side_ptr, count_ptr, bound_ptr,
     n, m, d, k, units, most, sxn, sxd, swm, swd,
@@ -77,7 +77,7 @@ def repair_scan(
                 tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k", "units", "most"])
 def repair_merge(
     failed_ptr, list_ptr, keys_ptr, side_ptr, count_ptr, fill_ptr, values_ptr, indices_ptr, k, units, most,
     SIDE: tl.constexpr, FILL: tl.constexpr, RELU: tl.constexpr, BM: tl.constexpr, CAP: tl.constexpr,

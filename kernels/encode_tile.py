@@ -109,7 +109,7 @@ def sampled_latent(j, step):
     return j * step + ((h * step) >> 32).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def sample_scores(
     x_ptr, w_ptr, b_ptr, norms_ptr, scores_ptr, n, m, d, size, step, sxn, sxd, swm, swd,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -133,7 +133,11 @@ def programs(device: torch.device) -> int:
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
-    return None if INTERPRETED else torch.cuda.get_device_capability(device)
+    if INTERPRETED:
+        return None
+    if torch.version.hip is not None:
+        return 8, 0  # AMD's numbers mean something else: 64 KB of shared memory, no TMA
+    return torch.cuda.get_device_capability(device)
 
 
 class Operands:

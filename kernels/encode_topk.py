@@ -31,7 +31,7 @@ APART = tl.constexpr(8)
 and every entry would cross shared memory twice: for its slot and for its place."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rank"])
 def row_bounds(
     scores_ptr, mask_ptr, value_ptr, index_ptr, tally_ptr, failed_ptr, n, size, step, rank,
     MASK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -111,7 +111,7 @@ def append_tile(
                SIDE, AUX_CAP)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def gate(
     x_ptr, w_ptr, b_ptr, norms_ptr, mask_ptr,
     value_ptr, index_ptr, tally_ptr, keys_ptr, side_ptr,
@@ -145,7 +145,7 @@ def gate(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k"])
 def certify(
     keys_ptr, side_ptr, tally_ptr, count_ptr, limit_ptr, failed_ptr, list_ptr, n, k,
     LIMIT: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr, CAP: tl.constexpr,

@@ -85,7 +85,7 @@ def load_scores(
     return pre, tl.where(valid, pack(score, (first + at)[None, :]), LOWEST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "first", "k"])
 def scan_rows(
     pre_ptr, stride_n, stride_m, n, m, b_ptr, norms_ptr, mask_ptr, first, keys_ptr, side_ptr, count_ptr, bound_ptr, k,
     FRESH: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr, MASK: tl.constexpr, MAGNITUDE: tl.constexpr,
@@ -131,7 +131,7 @@ def scan_rows(
     tl.store(bound_ptr + rows, bound, mask=in_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def make_keys(
     pre_ptr, stride_n, stride_m, n, m, b_ptr, norms_ptr, mask_ptr, keys_ptr, side_ptr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MASK: tl.constexpr, MAGNITUDE: tl.constexpr, SIDE: tl.constexpr,
@@ -186,7 +186,7 @@ def store_sorted(
         tl.store(indices_ptr + to, latents, mask=rest)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "k"])
 def emit_rows(
     keys_ptr, side_ptr, stride, count_ptr, fill_ptr, values_ptr, indices_ptr, n, k,
     COUNT: tl.constexpr, SIDE: tl.constexpr, FILL: tl.constexpr, RELU: tl.constexpr, SORTED: tl.constexpr,
