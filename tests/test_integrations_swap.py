@@ -96,6 +96,17 @@ class Trainer:
         self.more, self.again = {"a": Coder(), "b": 1}, [self.ae, Own()]
 
 
+def test_a_list_or_dict_of_dictionaries():
+    coders = fusae.accelerate({3: Coder(), 7: [Coder()]})
+    assert fusae.explain(coders).splitlines()[0] == "3: Coder on fusae: encode (gradients 'correct')"
+    assert coders[3](X)[0, 0] == 1001 and type(coders[7][0]) is Coder  # what is deeper is left
+    assert type(fusae.restore(coders)[3]) is Coder
+    pair = fusae.accelerate([Coder(), nn.Sequential(Coder())], gradients="tool")
+    assert [line.split(":")[0] for line in fusae.explain(pair).splitlines()] == ["0", "1.0"]
+    with pytest.raises(SwapError, match="list is or holds no dictionary"):
+        fusae.accelerate([])
+
+
 def test_what_a_trainer_holds():
     trainer = fusae.accelerate(Trainer())
     assert trainer.ae(X)[0, 0] == trainer.more["a"](X)[0, 0] == 1001

@@ -26,7 +26,7 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
 
     Args:
         op: a public op (``fusae.encode_topk``) or the name of a raw op (``"encode_topk_fwd"``); or a model or
-            trainer of another tool, which goes to `fusae.integrations.describe`.
+            trainer of another tool, or several in a list or dict, which go to `fusae.integrations.describe`.
         *args, **kwargs: the raw op's arguments, to judge a particular call; without any, whether the backend has the op
             at all on this machine.
         backend: as if this backend were asked for. A `fusae.backend` context and ``FUSAE_BACKEND`` count as they do for
@@ -35,7 +35,8 @@ def explain(op: Callable[..., Any] | str, *args: Any, backend: str | None = None
     Returns:
         One line per backend in the order of choice, for every raw op behind `op`, its backward pass included.
     """
-    if isinstance(op, torch.nn.Module) or (hasattr(op, "__dict__") and not callable(op)):
+    held = isinstance(op, (torch.nn.Module, dict, list, tuple))
+    if held or (hasattr(op, "__dict__") and not callable(op)):
         from .integrations import describe
 
         return describe(op)

@@ -160,16 +160,18 @@ def _held(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _parts(model: Any) -> Iterator[tuple[str, Any]]:
-    """`model` and what it holds: modules at any depth; of another object (a trainer), what its attributes hold."""
+    """`model` and what it holds: modules at any depth; of another object (a trainer), what its attributes hold; of a
+    list, tuple or dict, its items."""
     if isinstance(model, nn.Module):
         yield from model.named_modules()
         return
     yield "", model
     known = tuple(adapter.tool_class for adapter in _adapters())
     seen = {id(model)}
-    for name, value in getattr(model, "__dict__", {}).items():
+    holds = {"": model} if isinstance(model, (dict, list, tuple)) else getattr(model, "__dict__", {})
+    for name, value in holds.items():
         for key, item in _held(value):
-            prefix = name if key == "" else f"{name}.{key}"
+            prefix = name if key == "" else f"{name}.{key}".removeprefix(".")
             inner = item.named_modules(prefix=prefix) if isinstance(item, nn.Module) else [(prefix, item)]
             for path, part in inner if isinstance(item, (nn.Module, *known)) else ():
                 if id(part) not in seen:
@@ -187,8 +189,9 @@ def accelerate(model: T, gradients: str = "correct") -> T:
     forward-mode derivatives, a hook on the dense pre-activations) runs the tool's own code.
 
     Args:
-        model: a dictionary, a ``torch.nn.Module`` that holds some at any depth, or a tool's trainer. Or a class of
-            those, for a tool that makes its objects itself (``{"trainer": fusae.accelerate(TopKTrainer)}``).
+        model: a dictionary, a ``torch.nn.Module`` that holds some at any depth, a tool's trainer, or a list, tuple or
+            dict of those. Or a class of those, for a tool that makes its objects itself
+            (``{"trainer": fusae.accelerate(TopKTrainer)}``).
         gradients: 'correct': gradients are those of the loss that the tool states, which mends known defects of some
             tools' own (``fusae.explain(model)`` lists them); 'tool': those of the tool, defects included.
 
