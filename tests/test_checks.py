@@ -180,7 +180,7 @@ ADAM = {
     "exp_avg shape": (
         dict(exp_avg=_W(M, 7)),
         ValueError,
-        r"exp_avg must be contiguous and have shape \[40, 8\] like param, got \[40, 7\], strides \(7, 1\)",
+        r"exp_avg must be contiguous and have shape \[40, 8\] for .* got \[40, 7\], strides \(7, 1\)",
     ),
     "exp_avg strided": (dict(exp_avg=_W(D, M).T), ValueError, r"exp_avg must be contiguous .* strides \(1, 40\)"),
     "exp_avg sparse": (dict(exp_avg=_sparse()), TypeError, "exp_avg must be a dense tensor"),
@@ -195,10 +195,11 @@ ADAM = {
         "param, exp_avg and exp_avg_sq must be three tensors, got the same one twice",
     ),
     "exp_avg dtype": (
-        dict(exp_avg=_W(dtype=torch.bfloat16)),
+        dict(exp_avg=_W(dtype=torch.float16)),
         TypeError,
-        "exp_avg must be torch.float32, got torch.bfloat16",
+        "exp_avg must be float32, bfloat16 or uint8 for a torch.float32 parameter, got torch.float16",
     ),
+    "exp_avg rounded": (dict(exp_avg=_W(dtype=torch.bfloat16)), ValueError, "seed must be given: exp_avg in .*bfloat16"),
     "exp_avg_sq": (dict(exp_avg_sq=None), TypeError, "exp_avg_sq must be a torch.Tensor, got NoneType"),
     "exp_avg_sq device": (dict(exp_avg_sq=_W(device=META)), ValueError, "exp_avg_sq must be on cpu"),
     "grad shape": (dict(grad=_W(D, M)), ValueError, r"grad must have shape \[40, 8\] like param, got \[8, 40\]"),
