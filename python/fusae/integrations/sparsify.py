@@ -16,7 +16,7 @@ from torch import Tensor
 from ..codes import SparseCodes
 from ..ops import decode, encode_topk
 from ._dense import autocasts, transformed
-from ._rows import parts, remove_parallel_
+from ._rows import normalise_, parts, remove_parallel_
 from ._swap import Adapter, Swapped
 
 SELECTS = {"topk": "topk", "groupmax": "group_max"}
@@ -204,6 +204,11 @@ class FastSparseCoder(Swapped):
             multi_topk_fvu,
         )
 
+    def set_decoder_norm_to_unit_norm(self) -> None:
+        if self.W_dec is None:
+            return super().set_decoder_norm_to_unit_norm()
+        normalise_(self.W_dec.data, torch.finfo(self.W_dec.dtype).eps)
+
     def remove_gradient_parallel_to_decoder_directions(self) -> None:
         if self.W_dec is None or self.W_dec.grad is None:
             return super().remove_gradient_parallel_to_decoder_directions()
@@ -252,7 +257,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(
         SparseCoder,
         FastSparseCoder,
-        ("encode", "decode", "forward", "remove_gradient_parallel_to_decoder_directions"),
+        ("encode", "decode", "forward", "set_decoder_norm_to_unit_norm",
+         "remove_gradient_parallel_to_decoder_directions"),  # fmt: skip
         differences=(
             "the AuxK loss and the Multi-TopK loss train the encoder (the tool drops their gradient)",
             "a latent that was selected at 0 gets no gradient (the tool gives it one, past the ReLU)",
