@@ -17,7 +17,7 @@ from .patching import Patcher
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-LOGITS_BYTES = 2**28
+LOGITS_BYTES = 2**27
 
 
 class LossMetrics:
