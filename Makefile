@@ -14,13 +14,16 @@ EXTRAS := test,triton,lm,text,report,tensorboard
 RUN    ?= runs/demo
 DEVICE ?= here
 
+# On every core, where pytest-xdist is installed (it is in .venv).
+ALL_CORES = $$($(PY) -c "import importlib.util as u; print('-n auto' if u.find_spec('xdist') else '')")
+
 .PHONY: demo test test-kernels bench lint sanitize wheel clean
 
 demo: $(ENV)
 	OMP_WAIT_POLICY=passive $(PY) -m fusae demo --out $(RUN)
 
 test: $(ENV)
-	$(PY) -m pytest -q -m "not kernels"
+	$(PY) -m pytest -q $(ALL_CORES) -m "not kernels"
 
 test-kernels: $(ENV)
 	$(PY) -m pytest -q -m kernels

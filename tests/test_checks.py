@@ -199,7 +199,7 @@ ADAM = {
         TypeError,
         "exp_avg must be float32, bfloat16 or uint8 for a torch.float32 parameter, got torch.float16",
     ),
-    "exp_avg rounded": (dict(exp_avg=_W(dtype=torch.bfloat16)), ValueError, "seed must be given: exp_avg in .*bfloat16"),
+    "exp_avg rounded": (dict(exp_avg=_W(dtype=torch.bfloat16)), ValueError, "seed must be given: exp_avg in .*"),
     "exp_avg_sq": (dict(exp_avg_sq=None), TypeError, "exp_avg_sq must be a torch.Tensor, got NoneType"),
     "exp_avg_sq device": (dict(exp_avg_sq=_W(device=META)), ValueError, "exp_avg_sq must be on cpu"),
     "grad shape": (dict(grad=_W(D, M)), ValueError, r"grad must have shape \[40, 8\] like param, got \[8, 40\]"),

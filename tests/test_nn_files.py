@@ -147,7 +147,7 @@ def test_configuration_that_does_not_fit(folder, changes, message):
             r"tensors.W_enc must be float32 \[20, 6\], got float32 \[6, 20\]",
         ),
         (lambda w: w.update(b_enc=torch.zeros(20).half()), r"tensors.b_enc must be float32 \[20\], got float16 \[20\]"),
-        (lambda w: w.update(b_enc=torch.zeros(20).int()), r"tensors.b_enc must be float32 \[20\], got I32 \[20\]"),
+        (lambda w: w.update(b_enc=torch.zeros(20).int()), r"tensors.b_enc must be float32 \[20\], got int32 \[20\]"),
     ],
 )
 def test_weights_that_do_not_fit(folder, change, message, monkeypatch):

@@ -28,7 +28,9 @@ def names(run):
     return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
 
 
-@pytest.mark.parametrize("asked, fields", [("cuda", {}), ("triton", {}), ("cpu", {"dtype": "float64"})])
+@pytest.mark.parametrize(
+    "asked, fields", [("cuda", {}), ("triton", {"dtype": "float64"}), ("cpu", {"dtype": "float64"})]
+)
 def test_a_backend_that_cannot_run_is_an_error_before_anything_is_written(tmp_path, asked, fields):
     with fusae.backend(asked), pytest.raises(fusae.BackendError, match=f"backend '{asked}' was asked for"):
         Trainer(config(device="cpu", **fields), data(), tmp_path / "run", show=False)
