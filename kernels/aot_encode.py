@@ -81,7 +81,7 @@ def _gemms() -> list[Job]:
                          "EVEN": True}, **loose),
                     *(Job(f"count_{what}-{where}", "encode_ragged", "count_scores", _types(name),
                           {**ragged, "SHIFT": shift, "BITS": bits, "EQUAL": what == "equal", "EVEN": True,
-                           "GROUP": t.group, "PARTS": t.parts}, **loose)
+                           "BLOCKS": bits <= 8 and arch < 100, "GROUP": t.group, "PARTS": t.parts}, **loose)
                       for what, shift, bits in (("scores", 16, 8), ("last", 0, 16), ("equal", 0, 1))),
                 ]  # fmt: skip
                 found += [

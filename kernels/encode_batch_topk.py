@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .encode_ragged import count_scores, scan_ragged
 from .encode_threshold import SPLITS, places
-from .encode_tile import Operands, programs
+from .encode_tile import Operands, capability, programs
 
 _DIGITS = ((24, 8), (16, 8), (0, 16))  # (shift, bits); above 8 each score that begins so is counted by itself
 
@@ -36,10 +36,12 @@ def find_pivot(o: Operands, wanted: int) -> tuple[Tensor, Tensor]:
     return prefix ^ -(2**31), left
 
 
-def _count(o: Operands, prefix: Tensor, bins: Tensor, equal: Tensor, **constants: object) -> None:
+def _count(o: Operands, prefix: Tensor, bins: Tensor, equal: Tensor, *, BITS: int, **constants: object) -> None:
+    # Triton 3.7 compiles no histogram of a tile that lies in the tensor memory of capability 10.
+    blocks = BITS <= 8 and (capability(o.x.device) or (0, 0))[0] not in (10, 11)
     count_scores[(min(programs(o.x.device), o.tiles_m * o.tiles_n),)](
-        o.x, o.W, *o.vectors(), prefix, bins, equal, o.n, o.m, o.d, *o.strides(), **constants, SPLITS=SPLITS,
-        **o.flags(), GROUP=o.tiles.group, PARTS=o.tiles.parts, **o.launch(),
+        o.x, o.W, *o.vectors(), prefix, bins, equal, o.n, o.m, o.d, *o.strides(), **constants, BITS=BITS,
+        BLOCKS=blocks, SPLITS=SPLITS, **o.flags(), GROUP=o.tiles.group, PARTS=o.tiles.parts, **o.launch(),
     )  # fmt: skip
 
 

@@ -177,14 +177,14 @@ def scan_ragged(
 @triton.jit(do_not_specialize=["n"])
 def count_scores(
     x_ptr, w_ptr, b_ptr, norms_ptr, prefix_ptr, bins_ptr, equal_ptr, n, m, d, sxn, sxd, swm, swd,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, EQUAL: tl.constexpr, SPLITS: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, EQUAL: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """How many ordered scores of the batch begin with the bits of `prefix`, by their next BITS bits (those from SHIFT).
 
-    EQUAL: how many equal it, by row and range of columns. Up to 8 bits: blocks of the tile are counted together. More:
-    each score by itself, which is for the last bits, where few begin as the prefix does.
+    EQUAL: how many equal it, by row and range of columns. BLOCKS: blocks of the tile are counted together (up to 8
+    bits); else each score by itself, which is for the last bits, where few begin as the prefix does.
     """
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     per_split = tl.cdiv(tiles_n, SPLITS)
@@ -213,7 +213,7 @@ def count_scores(
                 if SHIFT + BITS < 32:
                     valid = valid & ((key >> (SHIFT + BITS)) == (prefix >> (SHIFT + BITS)))
                 digit = (key >> SHIFT) & ((1 << BITS) - 1)
-                if BITS <= 8:
+                if BLOCKS:
                     # What is not valid counts as 0 and is taken off: without a mask, no element changes its place.
                     digit = tl.reshape(tl.where(valid, digit, 0), (BM * WIDTH,), can_reorder=True)
                     bins = tl.arange(0, 1 << BITS)
