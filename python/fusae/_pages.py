@@ -28,7 +28,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 def large_pages(tensor: Tensor) -> Tensor:
     """Ask the system for 2 MB pages under `tensor`, where it is on the CPU and has 32 MB or more; returns it.
 
-    The rows of latents that fire lie scattered over a matrix of gigabytes, and with pages of 4 KB the processor looks up
+    The rows of latents that fire lie scattered over a matrix of gigabytes; with pages of 4 KB the processor looks up
     anew where each of them lies. It is advice: a system that gives none of these pages changes nothing.
     """
     in_memory = type(tensor) is Tensor and tensor.device.type == "cpu"  # and not a fake one
