@@ -42,7 +42,7 @@ def check(given, **options):
 
 
 @pytest.mark.parametrize("interpreted", [True, False], ids=["blocks", "whole rows"])
-@pytest.mark.parametrize("project, renormalise", itertools.product([False, True], repeat=2))
+@pytest.mark.parametrize("project, renormalise", list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("d", [1, 15, 256, 257, 600])
 def test_pitfall_14_rows_of_any_length(d, project, renormalise, interpreted, monkeypatch):
     """In the tiles of the interpreter, rows past 256 elements are taken in blocks; in those of a GPU, whole."""
