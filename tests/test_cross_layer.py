@@ -28,6 +28,7 @@ from fusae.testing.compare import assert_grads, assert_within_budget
 L, D, OUT, M, K, N = 3, 6, 5, 16, 4, 11
 WIDE = 0.8  # of a window: some entries of most rows are in it
 TOP = {"k_aux": 5}
+JOINT = TOP | {"select": "batch_topk", "joint": True}
 
 # Name: fields of the transcoder, the form of its loss.
 FORMS = {
@@ -37,6 +38,10 @@ FORMS = {
     "topk of 1": (TOP | {"k": 1}, TopK()),
     "batch_topk": (TOP | {"select": "batch_topk"}, BatchTopK(0.25)),
     "batch_topk by norm, skip": (TOP | {"select": "batch_topk", "select_by_norm": True, "skip": True}, BatchTopK()),
+    "joint": (JOINT, BatchTopK(0.25)),
+    "joint by norm, skip": (JOINT | {"select_by_norm": True, "skip": True}, BatchTopK()),
+    "joint of 1": (JOINT | {"k": 1}, BatchTopK()),
+    "joint of many": (JOINT | {"k": 12}, BatchTopK()),  # more than m from all layers
     "relu": ({"select": "relu"}, ReLU(0.3)),
     "relu plain L1": ({"select": "relu"}, ReLU(0.3, by_norm=False)),
     "jumprelu l0": ({"select": "threshold"}, JumpReLU("l0", 0.1, WIDE)),
@@ -114,7 +119,7 @@ def test_loss_and_all_gradients(form, dead, sparse_grad):
 
 @pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
 @pytest.mark.parametrize("rows", ["one", "one without positives", "all alike", "all negative", "given variance"])
-@pytest.mark.parametrize("form", ["topk", "batch_topk", "relu", "jumprelu l0", "jumprelu tanh"])
+@pytest.mark.parametrize("form", ["topk", "batch_topk", "joint", "relu", "jumprelu l0", "jumprelu tanh"])
 def test_odd_batches(form, rows, sparse_grad):
     pick = {
         "one": lambda x: x[:1],
@@ -382,7 +387,7 @@ def test_errors(make, message):
 
 
 @pytest.mark.parametrize("sparse_grad", [False, True], ids=["dense", "sparse"])
-@pytest.mark.parametrize("form", ["topk", "batch_topk", "jumprelu tanh"])
+@pytest.mark.parametrize("form", ["topk", "batch_topk", "joint", "jumprelu tanh"])
 def test_autocast(form, sparse_grad):
     fields, objective = FORMS[form]
     coder = coder_of(fields, sparse_grad=sparse_grad, dtype="float32")
@@ -422,7 +427,7 @@ def test_float32_within_its_budget(form):
         assert_grads(ours[name], plain[name], oracle[name], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("form", ["topk skip", "relu"])
+@pytest.mark.parametrize("form", ["topk skip", "joint by norm, skip", "relu"])
 def test_parameters_in_16_bits(form):
     fields, objective = FORMS[form]
     coder = as_dtype(coder_of(fields), "bfloat16")

@@ -19,7 +19,7 @@ from ..ops import decode
 from .coder import STEM, SparseCoder
 from .cross_layer_config import CrossLayerConfig
 from .init import geometric_median, uniform_
-from .join import add_up, split_codes
+from .join import add_up, largest_together, split_codes
 
 FORMAT, VERSION = "fusae.CrossLayerTranscoder", 1
 
@@ -40,8 +40,9 @@ class CrossLayerTranscoder(nn.Module):
     Parameters (row = latent): `b_dec` ``[L, d_out]``; with ``config.skip`` `W_skip` ``[L·d_out, d]``; and those of
     ``sources[s]``: `W_enc` ``[m, d]``, `b_enc` ``[m]``, `W_dec` ``[m, (L-s)·d_out]`` (targets s, s + 1, ... in order)
     and thresholds as `SparseCoder` has them. Each source is a `SparseCoder`, which `fusae.nn.init_firing_rate_` and its
-    like take too. With 'batch_topk' each layer takes the n·k largest of its own pre-activations (not the L·n·k largest
-    of all layers together) and has a threshold of its own for eval mode.
+    like take too. With 'batch_topk' each layer takes the n·k largest of its own pre-activations and has a threshold of
+    its own for eval mode; with ``config.joint`` the L·n·k largest of all layers together are taken, so that a layer has
+    as many latents as it deserves, and all thresholds are the same.
 
     It starts as L transcoders do: decoder and encoder rows are random directions of unit norm, all else 0. With L = 1
     it is the `SparseCoder` of the same seed.
@@ -131,12 +132,25 @@ class CrossLayerTranscoder(nn.Module):
     def select(
         self, x: Tensor, aux_mask: Tensor | None = None, k_aux: int | None = None
     ) -> list[tuple[SparseCodes, Tensor | None, SparseCodes | None]]:
-        """`encode`, by layers, with the smallest selected score of each: see `SparseCoder.select`."""
-        x = self.layered(x)
-        return [
-            source.select(x[..., s, :], mask, k_aux)
+        """`encode`, by layers, with the smallest selected score of each (with ``config.joint`` of all of them): see
+        `SparseCoder.select`.
+
+        The joint selection is exact: every layer gives its ``n·min(L·k, m)`` largest, and `largest_together` keeps the
+        ``L·n·k`` largest of those. That takes ``n·L·min(L·k, m)`` entries of memory instead of ``[n, L·m]``.
+        """
+        x, config = self.layered(x), self.config
+        together = config.joint and self.training
+        k = min(config.layers * config.k, config.m) if together else None
+        found = [
+            source.select(x[..., s, :], mask, k_aux, k)
             for s, (source, mask) in enumerate(zip(self.sources, self.by_layer(aux_mask), strict=True))
         ]
+        if not together:
+            return found
+        norms = [source.decoder_norms() for source in self.sources] if config.select_by_norm else None
+        count = x.shape[:-2].numel() * config.layers * config.k
+        codes, smallest = largest_together([codes for codes, _, _ in found], count, norms)
+        return [(kept, smallest, aux) for kept, (_, _, aux) in zip(codes, found, strict=True)]
 
     def by_layer(self, mask: Tensor | None) -> Sequence[Tensor | None]:
         """A mask ``[L·m]`` of the joined latents as L masks ``[m]``; None as L times None."""

@@ -31,6 +31,7 @@ class CrossLayerConfig:
         m: latents of each layer.
         k: of each layer: latents active per row, as in `SparseCoderConfig`.
         select: 'topk', 'batch_topk', 'relu' or 'threshold', as in `SparseCoderConfig`; every layer selects by itself.
+        joint: with select 'batch_topk': the ``L·n·k`` largest of all layers together, and one threshold for them all.
         select_by_norm: select by pre-activation times decoder norm, which is the sum of the norms at all targets.
         k_aux: latents of each layer in the AuxK selection, ``0 <= k_aux <= m``; 0: none.
         dtype: of the parameters, as in `SparseCoderConfig`.
@@ -51,11 +52,16 @@ class CrossLayerConfig:
     dtype: str = "float32"
     d_out: int | None = None
     skip: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         _fields.whole("layers", self.layers, 1)
         _fields.choice("select", self.select, SELECTS)
         _fields.flag("skip", self.skip)
+        if _fields.flag("joint", self.joint) and self.select != "batch_topk":
+            raise ValueError(
+                f"joint must be false with select {self.select!r}: only 'batch_topk' can go over all layers"
+            )
         if self.d_out is not None:
             _fields.whole("d_out", self.d_out, 1)
         _fields.whole("d", self.d, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes over several dictionaries as one, and what several dictionaries write as one output."""
+"""Codes over several dictionaries: as one, the largest of them all, and what they write together as one output."""
 
 from __future__ import annotations
 
@@ -91,3 +91,74 @@ def split_codes(codes: SparseCodes, sizes: Sequence[int]) -> list[SparseCodes]:
         parts.append(SparseCodes(ragged.values[mine], latents[mine] - start, size, offsets))
         start += size
     return parts
+
+
+@torch.no_grad()
+def _keys(codes: SparseCodes, norms: Tensor | None) -> Tensor:
+    """Integers in the order of the scores (values, times `norms` of their latents) of ragged codes from a ReLU: NaN is
+    above all else, storage that is not in use below."""
+    used = codes.row_ids() < len(codes)
+    scores = codes.values.to(_checks.accumulator(codes.dtype))
+    if norms is not None:
+        scores = scores * norms[torch.where(used, codes.indices, 0).long()]
+    kind = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    # The bits of floats that are not negative rise with them.
+    keys = torch.where(scores.isnan(), torch.iinfo(kind).max, scores.abs().view(kind))
+    return torch.where(used, keys, -1)
+
+
+def largest_together(
+    parts: Sequence[SparseCodes], count: int, norms: Sequence[Tensor] | None = None
+) -> tuple[list[SparseCodes], Tensor]:
+    """Of codes of the same n rows over several dictionaries, the `count` largest of all rows and dictionaries.
+
+    Args:
+        parts: ragged codes from a ReLU, latents ascending in every row, as `fusae.encode_batch_topk` gives them.
+        count: how many to keep, at least 1; all where there are fewer.
+        norms: ``[m]`` of every dictionary, in float32 (float64 for float64): the largest by value times norm.
+
+    Returns:
+        (parts, smallest): the same codes without the entries left out, in storages of the same size, and the smallest
+        positive score kept (float32 or float64; +Inf without any). NaN is the largest; equal scores go to the lower
+        row, then to the earlier dictionary, then to the lower latent. In 16 bits scores are those of the rounded
+        values. Gradients flow. Never reads from the device.
+
+    Equivalent to::
+
+        joined = torch.cat([part.to_dense() for part in parts], -1).flatten()
+        best = torch.sort(joined, descending=True, stable=True).indices[:count]
+        kept = torch.zeros_like(joined).index_copy(0, best, joined[best]).view(n, -1)
+    """
+    keys = [_keys(part, None if norms is None else norms[s]) for s, part in enumerate(parts)]
+    pool = torch.cat(keys)
+    count = min(count, len(pool))
+    if not len(pool):
+        return list(parts), parts[0].values.new_full((), torch.inf, dtype=_checks.accumulator(parts[0].dtype))
+    cut = pool.kthvalue(len(pool) - count + 1).values
+    room = count - (pool > cut).sum()  # for entries that equal it
+    ties, before = [key == cut for key in keys], []
+    for tie, part in zip(ties, parts, strict=True):
+        before.append(torch.cat([part.offsets.new_zeros(1), tie.cumsum(0)]))
+    of_row = torch.stack([past[part.offsets].diff() for past, part in zip(before, parts, strict=True)], 1)
+    # Ties before those of a row and a dictionary: of earlier rows, and of this row in earlier dictionaries.
+    first = (of_row.flatten().cumsum(0) - of_row.flatten()).view_as(of_row)
+    kept, smallest = [], []
+    for s, (part, key, tie, past) in enumerate(zip(parts, keys, ties, before, strict=True)):
+        row, n = part.row_ids(), len(part)
+        skip = torch.cat([first[:, s] - past[part.offsets[:-1]], first.new_zeros(1)])
+        keep = (key > cut) | (tie & (past[:-1] + skip[row] < room) & (row < n))
+        kept.append(_only(part, keep))
+        score = key.view(torch.float64 if key.dtype == torch.int64 else torch.float32)
+        smallest.append(torch.where(keep & (key > 0) & ~score.isnan(), score, torch.inf).min())
+    return kept, torch.stack(smallest).min()
+
+
+def _only(codes: SparseCodes, keep: Tensor) -> SparseCodes:
+    """Ragged codes without the entries where `keep` is false, in a storage of the same size."""
+    size = keep.shape[0]
+    end = keep.cumsum(0)
+    place = torch.where(keep, end - 1, size)  # what is left out goes behind everything
+    values = codes.values.new_zeros(size + 1).index_copy(0, place, codes.values)[:size]
+    indices = codes.indices.new_zeros(size + 1).index_copy(0, place, codes.indices)[:size]
+    offsets = torch.cat([end.new_zeros(1), end])[codes.offsets]
+    return SparseCodes(values, indices, codes.m, offsets)

@@ -161,7 +161,11 @@ def cross_layer(coder, x, y, moment, form):
     config = coder.config
     dead = [None] * config.layers if moment.dead is None else moment.dead.split(config.m)
     pre = [x[:, s] @ c.W_enc.T + c.b_enc for s, c in enumerate(coder.sources)]
-    f = [_active(c, p, form) for c, p in zip(coder.sources, pre, strict=True)]
+    f = (
+        _together(coder, pre)
+        if config.joint
+        else [_active(c, p, form) for c, p in zip(coder.sources, pre, strict=True)]
+    )
     y_hat = written(coder, f) + coder.b_dec
     if config.skip:
         y_hat = y_hat + torch.einsum("nld,lod->nlo", x, coder.W_skip.view(config.layers, -1, config.d))
@@ -191,6 +195,14 @@ def _active(c, p, form):
     if c.config.select == "threshold":
         return Jump.apply(p, c.threshold, form.bandwidth, form.straight_through)
     return p.relu() if c.config.select == "relu" else chosen(c, p, c.config.k)
+
+
+def _together(coder, pre):
+    """The largest of all rows and layers, equal ones by the lower row, then the lower layer, then the lower latent."""
+    config, p = coder.config, torch.cat(pre, 1)
+    score = p * torch.cat([norms(c) for c in coder.sources]) if config.select_by_norm else p
+    mask = largest(score.reshape(1, -1), len(p) * config.layers * config.k).reshape(p.shape)
+    return (mask.detach() * p.relu()).split(config.m, 1)
 
 
 def _of_dead(c, p, dead):

@@ -80,10 +80,17 @@ class CrossLayer:
         config = coder.config
         x, target = _rows(coder, x, target)
         bias = coder.b_dec.reshape(-1)
-        layers = [
-            self._layer(source, x[:, s], dataclasses.replace(moment, dead=dead), bias if s == 0 else None)
-            for s, (source, dead) in enumerate(zip(coder.sources, coder.by_layer(moment.dead), strict=True))
-        ]
+        if isinstance(self.form, (ReLU, JumpReLU)):
+            layers = [
+                self._penalised(source, x[:, s], dataclasses.replace(moment, dead=dead), bias if s == 0 else None)
+                for s, (source, dead) in enumerate(zip(coder.sources, coder.by_layer(moment.dead), strict=True))
+            ]
+        else:
+            found = coder.select(x, moment.dead, moment.k_aux)
+            layers = [
+                self._selected(source, *selected, moment, bias if s == 0 else None)
+                for s, (source, selected) in enumerate(zip(coder.sources, found, strict=True))
+            ]
         y = coder.add_skip(add_up([layer.output for layer in layers]), x)
         error = y - target.to(y.dtype)
         variances = _variances(target, moment.variance, config.layers)
@@ -113,14 +120,21 @@ class CrossLayer:
             terms,
         )
 
-    def _layer(self, source: SparseCoder, x: Tensor, moment: Moment, bias: Tensor | None) -> _Layer:
-        form = self.form
-        if isinstance(form, (ReLU, JumpReLU)):
-            codes, charge, terms = form.choose(source, x, moment)
-            return _Layer(codes, _decode(source, codes, bias), None, charge, terms)
-        codes, smallest, aux = source.select(x, moment.dead, moment.k_aux)
+    def _penalised(self, source: SparseCoder, x: Tensor, moment: Moment, bias: Tensor | None) -> _Layer:
+        codes, charge, terms = self.form.choose(source, x, moment)
+        return _Layer(codes, _decode(source, codes, bias), None, charge, terms)
+
+    def _selected(
+        self,
+        source: SparseCoder,
+        codes: SparseCodes,
+        smallest: Tensor | None,
+        aux: SparseCodes | None,
+        moment: Moment,
+        bias: Tensor | None,
+    ) -> _Layer:
         if smallest is not None:
-            source.update_threshold_(smallest, form.threshold_decay, moment.step)
+            source.update_threshold_(smallest, self.form.threshold_decay, moment.step)
         if aux is None:
             return _Layer(codes, _decode(source, codes, bias), None, 0.0, {})
         aux_output, output = decode_together(source, [aux, codes])
