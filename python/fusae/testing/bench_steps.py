@@ -53,6 +53,10 @@ def squared_error(y: Tensor, x: Tensor) -> Tensor:
     return (y - x).to(reference.accumulator(x.dtype)).square().sum(-1).mean()
 
 
+def bag(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+
+
 def prefixes_of(m: int) -> list[int]:
     """The five nested dictionaries of the Matryoshka benchmark: m/16, m/8, m/4, m/2, m."""
     return [m >> i for i in (4, 3, 2, 1, 0)]

@@ -8,18 +8,29 @@ contenders of a round see the same one. Contenders of an op do the same work and
 
 from __future__ import annotations
 
-import itertools
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import _dispatch, reference
-from ..codes import SparseCodes
+from .. import _dispatch
+from ..codes import SparseCodes  # noqa: F401
 from ..nn import SparseCoder, SparseCoderConfig
-from ..ops import adam_rows_, decode, encode_batch_topk, encode_threshold, encode_topk
+from ..ops import (
+    codes_from_dense,
+    decode,
+    decode_loss,
+    encode_batch_topk,
+    encode_threshold,
+    encode_topk,
+    topk,
+)
 from ..optim import Adam
+from .bench_adam import ADAM
+from .bench_calls import CALLS, Function, pre_activations  # noqa: F401
+from .bench_forms import FORMS
 from .bench_inputs import (  # noqa: F401
     Build,
     Call,
@@ -31,9 +42,9 @@ from .bench_inputs import (  # noqa: F401
     planted,
     select,
 )  # fmt: skip
-from .bench_losses import error_after, error_within, from_dense, loss_and_gradients, nonzero_fusae, nonzero_torch
-from .bench_steps import (
+from .bench_steps import (  # noqa: F401
     LR,
+    bag,
     jumprelu_fusae,
     jumprelu_torch,
     leaves_of,
@@ -44,6 +55,21 @@ from .bench_steps import (
     threshold_of,
     train_step,
 )  # fmt: skip
+from .bench_torch import PLAIN, embedding_bag
+
+#: op of `CALLS` -> the public function and its fixed arguments, with which "fusae" runs
+PUBLIC: dict[str, tuple[Function, dict[str, object]]] = {
+    "topk": (topk, {}),
+    "encode_topk": (encode_topk, {}),
+    "encode_threshold": (encode_threshold, {}),
+    "encode_batch_topk": (encode_batch_topk, {}),
+    "encode_topk_bwd": (encode_topk, {}),
+    "decode": (decode, {}),
+    "decode_bwd": (decode, {}),
+    "decode_loss": (decode_loss, {"sparse_grad": True}),
+    "decode_loss_prefixes": (decode_loss, {"sparse_grad": True}),
+    "codes_from_dense": (codes_from_dense, {}),
+}
 
 
 def _gemm(inputs: Inputs, k: int, backend: str) -> Call:
@@ -52,84 +78,28 @@ def _gemm(inputs: Inputs, k: int, backend: str) -> Call:
     return over(inputs.xs, lambda x: torch.mm(x, inputs.W_enc.T, out=out))
 
 
-def _encode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    bias = inputs.bias
+def _ours(op: str, **options: object) -> Build:
+    """fusae's function for an op, on the backend that the builder is given."""
+    function, fixed = PUBLIC[op]
 
-    def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = encode_topk(x, inputs.W_enc, bias, k, backend=backend)
-        return codes.values, codes.indices
+    def build(inputs: Inputs, k: int, backend: str) -> Call:
+        return CALLS[op](functools.partial(function, backend=backend, **{**fixed, **options}))(inputs, k, backend)
 
-    return over(inputs.xs, call)
-
-
-def _encode_torch(inputs: Inputs, k: int, backend: str) -> Call:
-    bias = inputs.bias
-    return over(inputs.xs, lambda x: select(x, inputs.W_enc, bias, k))
+    return build
 
 
-def _threshold_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    bias, threshold = inputs.bias, threshold_of(inputs, k)
+def _decode_then_error(inputs: Inputs, k: int, backend: str) -> Call:
+    """`decode` and the error after it: what `decode_loss` does in one pass."""
 
-    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes = encode_threshold(x, inputs.W_enc, bias, threshold, backend=backend)
-        return codes.values, codes.indices, codes.offsets
+    def loss(codes: SparseCodes, W_dec: Tensor, b_dec: Tensor, target: Tensor) -> Tensor:
+        y = decode(codes, W_dec, b_dec, sparse_grad=True, backend=backend)
+        return squared_error(y, target) * len(target)
 
-    return over(inputs.xs, call)
-
-
-def _threshold_torch(inputs: Inputs, k: int, backend: str) -> Call:
-    bias, threshold = inputs.bias, threshold_of(inputs, k)
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        pre = F.linear(x, inputs.W_enc, bias)
-        above = pre > threshold
-        rows, latents = above.nonzero(as_tuple=True)
-        return pre[rows, latents], latents, F.pad(above.sum(1).cumsum(0), (1, 0))
-
-    return over(inputs.xs, call)
+    return CALLS["decode_loss"](loss)(inputs, k, backend)
 
 
-def _batch_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    bias = inputs.bias
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        codes, smallest = encode_batch_topk(x, inputs.W_enc, bias, k, backend=backend)
-        return codes.values, codes.indices, codes.offsets, smallest
-
-    return over(inputs.xs, call)
-
-
-def _batch_torch(inputs: Inputs, k: int, backend: str) -> Call:
-    bias = inputs.bias
-
-    def call(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pre = F.linear(x, inputs.W_enc, bias)
-        values, places = pre.relu().flatten().topk(len(x) * k)
-        order = places[values > 0].sort().values
-        rows, latents = order // pre.shape[1], order % pre.shape[1]
-        offsets = F.pad(torch.bincount(rows, minlength=len(x)).cumsum(0), (1, 0))
-        return pre.flatten()[order], latents, offsets, values[values > 0].min()
-
-    return over(inputs.xs, call)
-
-
-def _decode_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    return over(codes_of(inputs, k), lambda codes: decode(codes, inputs.W_dec, inputs.b_dec, backend=backend))
-
-
-def _decode_bag(inputs: Inputs, k: int, backend: str) -> Call:
-    return over(codes_of(inputs, k), lambda codes: _bag(codes.values, codes.indices, inputs.W_dec, inputs.b_dec))
-
-
-def _decode_dense(inputs: Inputs, k: int, backend: str) -> Call:
-    def call(codes: SparseCodes) -> Tensor:
-        return torch.addmm(inputs.b_dec, codes.to_dense(), inputs.W_dec)
-
-    return over(codes_of(inputs, k), call)
-
-
-def _bag(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    return F.embedding_bag(indices, W_dec, per_sample_weights=values, mode="sum") + b_dec
+def _plain(op: str) -> dict[str, Build]:
+    return {name: CALLS[op](function) for name, function in PLAIN[op].items()}
 
 
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]
@@ -149,7 +119,7 @@ def forward_dense(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec:
 def forward_bag(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
     """The same with ``torch.nn.functional.embedding_bag`` as the decoder."""
     values, indices = select(x, W_enc, b_enc - W_enc @ b_dec, k)
-    return _bag(values, indices, W_dec, b_dec)
+    return bag(values, indices, W_dec, b_dec)
 
 
 def _forward_fusae(backend: str, sparse_grad: bool) -> Forward:
@@ -168,37 +138,7 @@ def _backward(forward: Forward, inputs: Inputs, k: int) -> Call:
     return lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)
 
 
-def _adam_fusae(inputs: Inputs, k: int, backend: str) -> Call:
-    W, mean, square, grad = _adam_state(inputs)
-    step = itertools.count(1)
-
-    def call() -> Tensor:
-        adam_rows_(W, mean, square, grad, lr=LR, step=next(step), backend=backend)
-        return W
-
-    return call
-
-
-def _adam_state(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Parameter, moments (written once, so that the memory is there) and a dense gradient."""
-    W, dtype = inputs.W_dec.clone(), reference.accumulator(inputs.W_dec.dtype)
-    moments = (torch.empty_like(W, dtype=dtype).zero_() for _ in range(2))
-    return W, *moments, inputs.W_enc.clone()
-
-
-def _adam_torch(inputs: Inputs, k: int, backend: str) -> Call:
-    W, grad = inputs.W_dec.clone().requires_grad_(), inputs.W_enc.clone()
-    optimizer = torch.optim.Adam([W], lr=LR, fused=True)
-
-    def call() -> Tensor:
-        W.grad = grad
-        optimizer.step()
-        return W
-
-    return call
-
-
-def _train_torch(forward: Forward) -> Build:
+def train_torch(forward: Forward) -> Build:
     def build(inputs: Inputs, k: int, backend: str) -> Call:
         leaves = leaves_of(inputs)
         optimizer = torch.optim.Adam(leaves, lr=LR, fused=True)
@@ -237,64 +177,84 @@ def _train_coder(inputs: Inputs, k: int, backend: str) -> Call:
 
 #: op -> contender -> builder. The contenders whose name starts with "fusae" run on the backend they are given.
 CONTENDERS: dict[str, dict[str, Build]] = {
-    "encode_topk": {"gemm": _gemm, "fusae": _encode_fusae, "torch mm + topk": _encode_torch},
-    "encode_threshold": {"gemm": _gemm, "fusae": _threshold_fusae, "torch mm + nonzero": _threshold_torch},
-    "encode_batch_topk": {"gemm": _gemm, "fusae": _batch_fusae, "torch mm + topk": _batch_torch},
-    "decode": {"embedding_bag": _decode_bag, "fusae": _decode_fusae, "dense matmul": _decode_dense},
-    "decode_loss": {
-        "decode + error": loss_and_gradients(error_after),
-        "fusae": loss_and_gradients(error_within),
+    "topk": {**_plain("topk"), "fusae": _ours("topk")},
+    "encode_topk": {"gemm": _gemm, "fusae": _ours("encode_topk"), **_plain("encode_topk")},
+    "encode_threshold": {"gemm": _gemm, "fusae": _ours("encode_threshold"), **_plain("encode_threshold")},
+    "encode_batch_topk": {"gemm": _gemm, "fusae": _ours("encode_batch_topk"), **_plain("encode_batch_topk")},
+    "encode_topk_bwd": {
+        **_plain("encode_topk_bwd"),
+        "fusae": _ours("encode_topk_bwd"),
+        "fusae sparse_grad": _ours("encode_topk_bwd", sparse_grad=True),
     },
-    "codes_from_dense": {"torch nonzero": from_dense(nonzero_torch), "fusae": from_dense(nonzero_fusae)},
+    "decode": {
+        "embedding_bag": CALLS["decode"](embedding_bag),
+        "fusae": _ours("decode"),
+        "dense matmul": _plain("decode")["dense matmul"],
+    },
+    "decode_bwd": {
+        **_plain("decode_bwd"),
+        "fusae": _ours("decode_bwd"),
+        "fusae sparse_grad": _ours("decode_bwd", sparse_grad=True),
+    },
+    "decode_loss": {
+        "decode + error": _decode_then_error,
+        "fusae": _ours("decode_loss"),
+        **_plain("decode_loss"),
+    },
+    "decode_loss_prefixes": {**_plain("decode_loss_prefixes"), "fusae": _ours("decode_loss_prefixes")},
+    "codes_from_dense": {**_plain("codes_from_dense"), "fusae": _ours("codes_from_dense")},
     "backward": {
         "plain torch": lambda inputs, k, backend: _backward(forward_dense, inputs, k),
         "fusae": lambda inputs, k, backend: _backward(_forward_fusae(backend, False), inputs, k),
         "fusae sparse_grad": lambda inputs, k, backend: _backward(_forward_fusae(backend, True), inputs, k),
         "torch embedding_bag": lambda inputs, k, backend: _backward(forward_bag, inputs, k),
     },
-    "adam_rows": {"torch Adam(fused)": _adam_torch, "fusae": _adam_fusae},
+    **ADAM,
     "train_step": {
         "gemm": _gemm,
         "fusae": _train_coder,
         "fusae ops": _train_ops,
-        "plain torch": _train_torch(forward_dense),
-        "torch embedding_bag": _train_torch(forward_bag),
+        "plain torch": train_torch(forward_dense),
+        "torch embedding_bag": train_torch(forward_bag),
     },
     "matryoshka_step": {"top-k step": _train_ops, "fusae": matryoshka_fusae, "plain torch": matryoshka_torch},
     "jumprelu_step": {"plain torch": jumprelu_torch, "fusae": jumprelu_fusae},
+    **FORMS,
 }
 #: Contenders that do other work than the op beside which they run.
-OTHER_WORK = frozenset({"gemm", "top-k step"})
+OTHER_WORK = frozenset({"gemm", "top-k step", "fusae 8-bit"})
 BASELINE = {op: next(iter(builders)) for op, builders in CONTENDERS.items()}
+_STEPS = frozenset(op for op in CONTENDERS if op.endswith("_step") or op.startswith(("adam_rows", "decode_loss")))
+#: "bwd": the gradients alone; "step": what a training step does, forward to update (decode_loss: to the gradients).
 MODE = {
-    "encode_topk": "fwd",
-    "encode_threshold": "fwd",
-    "encode_batch_topk": "fwd",
-    "decode": "fwd",
-    "decode_loss": "step",
-    "codes_from_dense": "fwd",
-    "matryoshka_step": "step",
-    "jumprelu_step": "step",
-    "backward": "bwd",
-    "adam_rows": "step",
-    "train_step": "step",
+    op: "step" if op in _STEPS else "bwd" if op == "backward" or op.endswith("_bwd") else "fwd" for op in CONTENDERS
 }
 _GRADIENTS = ("encode_topk_fwd", "decode_fwd", "encode_bwd", "decode_bwd")
-_RAW = {
+_LOSS = ("decode_loss_fwd", "decode_loss_bwd")
+_TRAIN = ("encode_topk_fwd", "encode_bwd", *_LOSS, "adam_rows_")
+#: The raw ops that an op is made of.
+RAW = {
+    "topk": ("topk_fwd",),
     "encode_topk": ("encode_topk_fwd",),
     "encode_threshold": ("encode_threshold_fwd",),
     "encode_batch_topk": ("encode_batch_topk_fwd",),
+    "encode_topk_bwd": ("encode_topk_fwd", "encode_bwd"),
     "decode": ("decode_fwd",),
-    "decode_loss": ("decode_fwd", "decode_bwd", "decode_loss_fwd", "decode_loss_bwd"),
+    "decode_bwd": ("decode_fwd", "decode_bwd"),
+    "decode_loss": ("decode_fwd", "decode_bwd", *_LOSS),
+    "decode_loss_prefixes": _LOSS,
     "codes_from_dense": ("codes_from_dense_fwd",),
-    "matryoshka_step": (*_GRADIENTS, "decode_loss_fwd", "decode_loss_bwd", "adam_rows_"),
-    "jumprelu_step": (
-        "encode_threshold_fwd", "encode_threshold_bwd", "encode_bwd", "decode_loss_fwd", "decode_loss_bwd",
-        "adam_rows_",
-    ),
+    "matryoshka_step": (*_GRADIENTS, *_LOSS, "adam_rows_"),
+    "jumprelu_step": ("encode_threshold_fwd", "encode_threshold_bwd", "encode_bwd", *_LOSS, "adam_rows_"),
     "backward": _GRADIENTS,
-    "adam_rows": ("adam_rows_",),
+    **{op: ("adam_rows_",) for op in ADAM},
     "train_step": (*_GRADIENTS, "adam_rows_"),
+    "batch_topk_step": ("encode_batch_topk_fwd", *_TRAIN[1:]),
+    "relu_step": ("encode_threshold_fwd", "encode_threshold_bwd", *_TRAIN[1:]),
+    "abs_step": _TRAIN,
+    "group_max_step": _TRAIN,
+    "hierarchical_step": _TRAIN,
+    "auxk_step": (*_TRAIN, "decode_fwd", "decode_bwd"),
 }
 
 
@@ -313,7 +273,7 @@ def choose_backend(op: str, device: str = "cpu", wanted: str | None = None) -> s
     fitting = [name for name in _dispatch.ORDER if name == "reference" or (name == "cpu") == on_cpu]
     reasons = {}
     for backend in [wanted] if wanted else fitting:
-        found = (_dispatch.why_not(raw, backend, static=True) for raw in _RAW[op])
+        found = (_dispatch.why_not(raw, backend, static=True) for raw in RAW[op])
         reasons[backend] = next((reason for reason in found if reason), None)
         if reasons[backend] is None:
             return backend
@@ -327,23 +287,29 @@ def cost(op: str, n: int, d: int, m: int, k: int, itemsize: int) -> tuple[int, i
     Gathers count every row of the dictionary that can be touched once, ``min(n k, m)``. A contender that does more work
     (a dense decoder) is measured by the same useful work, so its rates are comparable.
     """
-    rows, codes = min(n * k, m) * d * itemsize, n * k * (itemsize + 4)
-    x, matrix, moments = n * d * itemsize, m * d * itemsize, 16 * m * d
+    if op not in CONTENDERS and op != "gemm":
+        raise ValueError(f"op must be gemm or one of {', '.join(CONTENDERS)}, got {op!r}")
+    touched, codes = min(n * k, m), n * k * (itemsize + 4)
+    rows, x, matrix, moments = touched * d * itemsize, n * d * itemsize, m * d * itemsize, 16 * m * d
     encode = 2 * n * m * d, x + matrix + m * itemsize + codes
     sparse, adam = 2 * n * k * d, 12 * m * d
     step = encode[0] + 4 * sparse + 2 * adam, encode[1] + rows + 2 * (2 * matrix + moments)
+    if op.startswith("adam_rows"):
+        if op in ("adam_rows_masked", "adam_rows_lazy"):  # only the rows that are touched
+            return 12 * touched * d, 3 * rows + (8 if op.endswith("lazy") else 16) * touched * d
+        grad = rows if op == "adam_rows_sparse" else matrix
+        return adam * (2 if op == "adam_rows_unit" else 1), 2 * matrix + grad + (4 * m * d if "8bit" in op else moments)
+    if op.endswith("_step"):
+        return step
     table = {
         "gemm": (2 * n * m * d, x + matrix + n * m * itemsize),
-        "encode_topk": encode,
-        "encode_threshold": encode,
-        "encode_batch_topk": encode,
+        "topk": (n * m, n * m * itemsize + codes),
         "decode": (sparse, rows + d * itemsize + codes + x),
+        "encode_topk_bwd": (2 * sparse, rows + 2 * x + codes + matrix + m * itemsize),
+        "decode_bwd": (2 * sparse, rows + x + 2 * codes + matrix + d * itemsize),
         "decode_loss": (3 * sparse, 2 * rows + 3 * x + 2 * codes),
+        "decode_loss_prefixes": (3 * sparse, 2 * rows + 7 * x + 2 * codes),
         "codes_from_dense": (n * m, n * m * itemsize + codes),
         "backward": (3 * sparse, rows + 2 * x + codes + 2 * matrix + (m + d) * itemsize),
-        "adam_rows": (adam, 3 * matrix + moments),
-        "train_step": step,
-        "matryoshka_step": step,
-        "jumprelu_step": step,
     }
-    return table[op]
+    return table.get(op, encode)
