@@ -11,6 +11,7 @@ import torch as _torch  # noqa: F401  (first: its OpenMP runtime must be the onl
 from ._dispatch import BackendError, backend
 from .codes import SparseCodes
 from .formats import load
+from .hooks import hook
 from .info import explain
 from .integrations import accelerate, restore
 from .ops import (
@@ -41,6 +42,7 @@ __all__ = [
     "encode_threshold",
     "encode_topk",
     "explain",
+    "hook",
     "load",
     "restore",
     "topk",
