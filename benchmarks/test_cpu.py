@@ -66,7 +66,8 @@ def _check(op: str, name: str, result: list[torch.Tensor], inputs: workloads.Inp
         oracle = _again(op, "plain torch", exact, calls)[0]
         torch.testing.assert_close(result[0].double(), oracle, rtol=1e-3, atol=0)
     else:
-        reference, oracle = (_again(op, "torch Adam(fused)" if op == "adam_rows_8bit" else "fusae", data, calls) for data in (inputs, exact))
+        ours = "torch Adam(fused)" if op == "adam_rows_8bit" else "fusae"
+        reference, oracle = (_again(op, ours, data, calls) for data in (inputs, exact))
         for number, (tensor, ref, wide) in enumerate(zip(result, reference, oracle, strict=True)):
             if not tensor.is_floating_point():  # latents and offsets
                 assert torch.equal(tensor.long(), wide.long())

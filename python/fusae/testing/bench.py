@@ -19,102 +19,25 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends import cpu
+from .bench_clock import Percentiles, Times, interleaved, interval, percentiles, ratio, settled
+from .bench_inputs import label
 from .bench_row import Row, RowError, append_rows, environment, parse_rows, read_rows
 
 __all__ = [
-    "Measurement", "Percentiles", "Row", "RowError", "append_rows", "interleaved", "measure", "parse_rows",
+    "Measurement", "Percentiles", "Row", "RowError", "append_rows", "interleaved", "interval", "measure", "parse_rows",
     "peak_memory", "percentiles", "ratio", "read_rows", "train_step_rows",
 ]  # fmt: skip
 
-Times = dict[str, list[float]]
 _WORKLOADS = "fusae.testing.workloads"
 _WARM = {"n": 8, "d": 16, "m": 64, "k": 4}
-
-
-class Percentiles(NamedTuple):
-    p20: float
-    p50: float
-    p80: float
-
-
-def percentiles(seconds: list[float]) -> Percentiles:
-    """The 20th, 50th and 80th percentile, interpolated linearly, in the unit of the input."""
-    ordered = torch.tensor(seconds, dtype=torch.float64)
-    return Percentiles(*torch.quantile(ordered, torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist())
-
-
-def ratio(times: Times, name: str, baseline: str) -> float:
-    """Median over the rounds of ``times[name][r] / times[baseline][r]``."""
-    pairs = zip(times[name], times[baseline], strict=True)
-    return percentiles([own / other for own, other in pairs]).p50
-
-
-def _timer(device: str) -> Callable[[Callable[[], Any]], float]:
-    """A function that runs a call and gives its seconds: wall clock on the CPU, events on a GPU."""
-    if torch.device(device).type != "cuda":
-
-        def wall(call: Callable[[], Any]) -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return wall
-
-    def events(call: Callable[[], Any]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    return events
-
-
-def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1, *, device: str = "cpu"
-) -> Times:
-    """Seconds of every call: `rounds` rounds in which each contender runs once, each round starting one further on.
-
-    Args:
-        contenders: name -> call without arguments. For cold caches a call takes other inputs each time.
-        rounds: timed rounds, at least 1.
-        warmup: rounds before them that are not counted.
-        device: "cuda" times with CUDA events, each call waited for.
-
-    The garbage collector stands still meanwhile.
-    """
-    if not contenders:
-        raise ValueError("contenders must have at least one entry, got none")
-    for name, value, least in (("rounds", rounds, 1), ("warmup", warmup, 0)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
-    timed, names = _timer(device), list(contenders)
-    times: Times = {name: [] for name in names}
-    collecting = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(-warmup, rounds):
-            start = turn % len(names)
-            for name in names[start:] + names[:start]:
-                seconds = timed(contenders[name])
-                if turn >= 0:
-                    times[name].append(seconds)
-    finally:
-        if collecting:
-            gc.enable()
-    return times
 
 
 def _status(key: str) -> int:
@@ -271,6 +194,10 @@ def measure(
     batches: int = 3,
     data: str | None = None,
     memory: bool = True,
+    budget: float | None = None,
+    within: float | None = None,
+    others: Mapping[str, Callable[[], Any]] | None = None,
+    absent: Mapping[str, str] | None = None,
     command: str | None = None,
 ) -> Measurement:
     """Time the contenders of `op` in turns on the same inputs.
@@ -282,8 +209,12 @@ def measure(
         rivals: name of a further module with a table CONTENDERS like that of `workloads`.
         backend: backend of the fusae contenders (default: the first that can run every op in them on `device`).
         rounds, warmup: as in `interleaved`; batches: how many inputs are rotated.
-        data: a ``.npy`` file of activations ``[rows, d]`` instead of planted inputs.
+        data: activations instead of planted inputs: a file or folder, or "demo"; see `bench_inputs.activations`.
         memory: measure peak memory as well: one more process for each contender.
+        budget: seconds for the rounds, as in `interleaved`.
+        within: stop before `rounds` where all ratios are known to this share of themselves (`settled`).
+        others: further calls that take part, by name, made elsewhere: a user's own, another commit's.
+        absent: contenders that do not take part, and why, for the rows.
     """
     from . import workloads
 
@@ -310,25 +241,33 @@ def measure(
         calls = {name: known[name][1](inputs, k, backend) for name in names}
         limits = probes(dtype, device)
         work = {name: probe() for name, probe in limits.items()}
-        times = interleaved({**calls, **limits}, rounds, warmup, device=device)
+        enough = None if within is None or baseline not in calls else settled(baseline, within)
+        calls.update(others or {})
+        times = interleaved(
+            {**calls, **limits}, rounds, warmup, device=device, budget=budget,
+            enough=enough and (lambda found: enough({name: found[name] for name in calls})),
+        )  # fmt: skip
         compute_rate, memory_rate = (work[name] / percentiles(times.pop(name)).p50 for name in limits)
         used_threads = torch.get_num_threads()
     itemsize = inputs.W_enc.element_size()
     rows = []
-    for name in names:
+    peaks.update(dict.fromkeys(set(calls) - set(names)))
+    for name in calls:
         flops, moved = workloads.cost("gemm" if name == "gemm" else op, **shape, itemsize=itemsize)
         spread = percentiles(times[name])
         ideal = max(flops / compute_rate, 0 if name == "gemm" else moved / memory_rate)
         rows.append(Row(
             op=op, mode=workloads.MODE[op], name=name, backend=backend if name.startswith("fusae") else None,
-            shape=shape, dtype=dtype, threads=used_threads, rounds=rounds,
+            shape=shape, dtype=dtype, threads=used_threads, rounds=len(times[name]),
             p20_ms=spread.p20 * 1e3, p50_ms=spread.p50 * 1e3, p80_ms=spread.p80 * 1e3,
             baseline=baseline if baseline in times else None,
             ratio=ratio(times, name, baseline) if baseline in times else None,
             flops=flops, bytes=moved, tflops=flops / spread.p50 / 1e12, gbps=moved / spread.p50 / 1e9,
             peak_tflops=compute_rate / 1e12, memory_gbps=memory_rate / 1e9, roofline=ideal / spread.p50,
             peak_bytes=peaks[name], parameter_bytes=inputs.parameter_bytes,
-            data="planted" if data is None else Path(data).name, **where,
+            data=label(data), **where, absent=dict(absent or {}),
+            **dict(zip(("ratio_low", "ratio_high"), interval(times, name, baseline), strict=True))
+            if baseline in times else {},
         ))  # fmt: skip
     return Measurement(rows, times)
 

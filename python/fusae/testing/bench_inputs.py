@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..codes import SparseCodes
+from ..data import Activations, default_cache_dir
 from ..ops import encode_topk
 
 Call = Callable[[], object]
 Build = Callable[["Inputs", int, str], Call]
+DEMO = "SmolLM2-135M layer 11"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +78,56 @@ def planted(n: int, d: int, m: int, k: int, *, batches: int = 3, seed: int = 0) 
     return Inputs(xs, W_enc, torch.zeros(m), W_dec, offset)
 
 
+def demo_activations(cache_dir: Path | None = None) -> Path:
+    """The folder of the residual stream behind layer 11 of SmolLM2-135M on English news, as `fusae demo` keeps it."""
+    held = []
+    for meta in sorted(((cache_dir or default_cache_dir()) / "activations").glob("train-*/activations.json")):
+        about = json.loads(meta.read_text(encoding="utf-8"))
+        sites = [(site["module"], site["side"]) for site in about.get("sites", [])]
+        if about.get("complete") and sites == [("model.layers.11", "out")]:
+            held.append((about["rows"], meta.parent))
+    if not held:
+        raise ValueError("data 'demo' wants the activations of the demo, which are not here yet: run `fusae demo` once")
+    return max(held)[1]
+
+
+def label(data: str | Path | None) -> str:
+    """What a `Row` calls its inputs."""
+    return "planted" if data is None else DEMO if str(data) == "demo" else Path(data).name
+
+
+def _stored(path: Path, d: int) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """How many rows there are, and what reads some of them, float32."""
+    if path.is_dir():
+        folder = Activations(path, verify=False)
+        shape, kind, read = folder.shape, "float", lambda rows: folder.take(rows).float()
+    else:
+        import numpy
+
+        array = numpy.load(path, mmap_mode="r")
+        shape, kind = array.shape, str(array.dtype)
+        read = lambda rows: torch.from_numpy(numpy.array(array[rows.numpy()], dtype=numpy.float32))  # noqa: E731
+    if len(shape) != 2 or shape[1] != d or not kind.startswith("float"):
+        raise ValueError(f"{path}: must hold a float array [rows, {d}], got {list(shape)} {kind}")
+    return shape[0], read
+
+
 def activations(path: str | Path, n: int, d: int, m: int, *, batches: int = 3, seed: int = 0) -> Inputs:
-    """Inputs from real activations, a ``.npy`` file ``[rows, d]``: up to `batches` batches of n consecutive rows.
+    """Inputs from real activations: a ``.npy`` file ``[rows, d]`` or a folder that `fusae.data` wrote; "demo" is the
+    demo's. Up to `batches` batches of n rows: of a file the first ones in their order, of a folder (whose neighbouring
+    rows are neighbouring tokens) drawn at random, as in training.
 
     The dictionary is untrained: unit-length differences of random pairs of rows, ``W_enc = W_dec``, ``b_enc = 0``;
     b_dec is the mean of the rows that were read.
     """
-    import numpy
-
-    stored = numpy.load(path, mmap_mode="r")
-    if stored.ndim != 2 or stored.shape[1] != d or stored.dtype.kind != "f":
-        raise ValueError(f"{path}: must hold a float array [rows, {d}], got {list(stored.shape)} {stored.dtype}")
-    if stored.shape[0] < n:
-        raise ValueError(f"{path}: must have at least n = {n} rows, got {stored.shape[0]}; lower --n")
-    batches = min(batches, stored.shape[0] // n)
-    x = torch.from_numpy(numpy.array(stored[: n * batches], dtype=numpy.float32))
+    path = demo_activations() if str(path) == "demo" else Path(path)
+    rows, read = _stored(path, d)
+    if rows < n:
+        raise ValueError(f"{path}: must have at least n = {n} rows, got {rows}; lower --n")
+    batches = min(batches, rows // n)
     generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(rows, generator=generator) if path.is_dir() else torch.arange(rows)
+    x = read(chosen[: n * batches])
     first, second = torch.randint(len(x), (2, m), generator=generator)
     W = _unit(x[first].sub_(x[second]))
     return Inputs(list(x.split(n)), W, torch.zeros(m), W.clone(), x.mean(0))
@@ -106,7 +143,7 @@ def make_inputs(
     data: str | None = None,
     batches: int = 3,
 ) -> Inputs:
-    """`planted` inputs, or those of the file `data`, in `dtype` (a name in torch) on `device`."""
+    """`planted` inputs, or those of the file or folder `data`, in `dtype` (a name in torch) on `device`."""
     if not 1 <= k <= m:
         raise ValueError(f"k must be between 1 and m = {m}, got {k}")
     made = planted(n, d, m, k, batches=batches) if data is None else activations(data, n, d, m, batches=batches)

@@ -23,6 +23,7 @@ import torch
 SCHEMA = 1
 MODES = ("fwd", "bwd", "step")
 _NEW = "benchmarks/run.py writes such files"
+_LATER = ("ratio_low", "ratio_high", "absent")
 
 
 class RowError(ValueError):
@@ -64,6 +65,10 @@ class Row:
     time: str  #: start of the run, UTC, ISO 8601
     command: str
     schema: int = SCHEMA
+    # Later fields: a file of before does not have them.
+    ratio_low: float | None = None  #: the ratio lies between these with 95 % (of the rounds, not of other machines)
+    ratio_high: float | None = None
+    absent: dict[str, str] = dataclasses.field(default_factory=dict)  #: contenders that did not run, and why
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -99,7 +104,7 @@ def problems(value: Any) -> list[str]:
     if value.get("schema") != SCHEMA:
         return [f"schema must be {SCHEMA}, got {_kind(value.get('schema'))}: written by another version of fusae?"]
     fields = {f.name: str(f.type) for f in dataclasses.fields(Row)}
-    found = [f"{name} is missing" for name in fields if name not in value]
+    found = [f"{name} is missing" for name in fields if name not in value and name not in _LATER]
     found += [f"{name} is not a field of a benchmark row" for name in value if name not in fields]
     typed = [_problem(name, wanted, value[name]) for name, wanted in fields.items() if name in value]
     found += [problem for problem in typed if problem]
@@ -114,6 +119,13 @@ def problems(value: Any) -> list[str]:
         f"shape.{key} must be an integer >= 1, got {_kind(size)}"
         for key, size in value["shape"].items()
         if not isinstance(size, int) or isinstance(size, bool) or size < 1
+    ]
+    if ("ratio_low" in value) != ("ratio_high" in value):
+        found.append("ratio_low and ratio_high must be given together")
+    found += [
+        f"absent.{key} must be a string, got {_kind(text)}"
+        for key, text in value.get("absent", {}).items()
+        if not isinstance(text, str)
     ]
     found += [
         f"versions.{key} must be a string, got {_kind(text)}"
