@@ -155,7 +155,7 @@ def probes(dtype: str, device: str, *, size: int = 8192, length: int | None = No
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads_of(count: int | None) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -230,7 +230,7 @@ def measure(
     where = environment(device, command or shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]]))
     shape = {"n": n, "d": d, "m": m, "k": k}
     arguments = {**shape, "dtype": dtype, "device": device, "data": data, "batches": batches}
-    with _threads(threads):
+    with threads_of(threads):
         inputs = workloads.make_inputs(**arguments)
         peaks: dict[str, int | None] = dict.fromkeys(names)
         if memory:
