@@ -66,6 +66,37 @@ def test_averaged_weights_are_the_bias_corrected_mean_of_all_steps():
     assert trainer.coder.W_dec.data_ptr() != exported.W_dec.data_ptr()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"select_by_norm": True, "unit_decoder": False}, {"select_by_norm": True}, {"form": "matryoshka"}],
+    ids=["by value", "by norm", "by norm of 1", "matryoshka"],
+)
+def test_averaged_weights_of_a_batch_top_k_have_a_threshold_of_their_own(fields):
+    """The running mean, over every 16th step, of the smallest score that the averaged weights select of its batch."""
+    decay, steps = 0.9, 50
+    chosen = {"form": "batch_topk", "lr": 0.05, "scale_input": False, "warmup_steps": 0, **fields}
+    trainer = Trainer(config(ema=0.95, threshold_decay=decay, tokens=steps * B, **chosen), data(), show=False)
+    sums = {name: torch.zeros_like(p) for name, p in trainer.coder.named_parameters()}
+    wanted = None
+    for step in range(steps):
+        x = trainer.feed.next()
+        trainer.train_step(x)
+        for name, p in trainer.coder.named_parameters():
+            sums[name] = 0.95 * sums[name] + 0.05 * p.detach()
+        if step % 16 == 0:
+            w = {name: value / (1 - 0.95 ** (step + 1)) for name, value in sums.items()}
+            score = (x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]
+            if chosen.get("select_by_norm") and not chosen.get("unit_decoder", True):
+                score = score * w["W_dec"].norm(dim=1)
+            score = score.flatten().topk(B * K).values
+            smallest, share = score[score > 0].min(), min(decay, step / (step + 10)) ** 16
+            wanted = smallest if wanted is None else share * wanted + (1 - share) * smallest
+    trainer.feed.close()
+    coder = trainer.export()
+    torch.testing.assert_close(coder.threshold, wanted.double(), rtol=1e-4, atol=0)
+    assert abs(float(trainer.coder.threshold / coder.threshold) - 1) > 0.02, "the last weights have another one"
+
+
 def test_averaged_decoder_rows_are_of_unit_norm():
     coder = train(config(ema=0.9, epochs=3), data(), show=False)
     assert (coder.W_dec.norm(dim=1) - 1).abs().max() < 1e-5

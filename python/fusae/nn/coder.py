@@ -20,7 +20,7 @@ from .init import geometric_median, random_unit_rows_, unit_rows_
 from .input_norm import InputNorm
 from .objectives import CoderLoss, Moment, TopK
 from .pre_bias import PreBias
-from .sums import take
+from .sums import running_, take
 
 FORMAT, VERSION, STEM = "fusae.SparseCoder", 2, "coder"
 
@@ -214,9 +214,7 @@ class SparseCoder(nn.Module):
             decay: of the running mean in the long run; in the first steps the mean is over fewer.
             steps: taken before this one.
         """
-        decay = min(decay, steps / (steps + 10))
-        after = torch.lerp(smallest.to(self.threshold.dtype), self.threshold, decay)
-        self.threshold.copy_(torch.where(torch.isfinite(smallest), after, self.threshold))
+        running_(self.threshold, smallest, decay, steps)
 
     @torch.no_grad()
     def clamp_(self) -> SparseCoder:

@@ -47,3 +47,15 @@ def take(table: Tensor, indices: Tensor) -> Tensor:
     Equivalent to: ``table[indices.long()]``, whose gradient a CPU adds up in the order in which threads come by.
     """
     return _Take.apply(table, indices.long())
+
+
+@torch.no_grad()
+def running_(mean: Tensor, value: Tensor, decay: float, steps: int, every: int = 1) -> Tensor:
+    """Take a scalar into a running mean, in place; one that is not finite changes nothing.
+
+    `decay` is that of the mean in the long run, a step; after the first `steps` it is over fewer of them. With `every`
+    the value is one of so many steps, and counts for all of them.
+    """
+    decay = min(decay, steps / (steps + 10)) ** every
+    after = torch.lerp(value.to(mean.dtype), mean, decay)
+    return mean.copy_(torch.where(torch.isfinite(value), after, mean))

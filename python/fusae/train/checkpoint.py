@@ -50,7 +50,7 @@ def tensors(trainer: Trainer) -> dict[str, Tensor]:
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
     """Every tensor of the state but the moments, to be written, or to be read into."""
-    average = {} if trainer.average is None else trainer.average.sums
+    average = {} if trainer.average is None else {**trainer.average.sums, **trainer.average.thresholds}
     return {
         **{name: param.detach() for name, param in trainer.coder.named_parameters()},
         **{f"{name}.average": value for name, value in average.items()},

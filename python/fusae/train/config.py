@@ -131,7 +131,7 @@ class TrainConfig:
     ema: float = _field(
         0.0,
         "decay rate of an average of the weights over the steps, which the saved coder then has; 0: the last weights; "
-        "0.999 averages over some thousand steps (the threshold of batch_topk stays that of the last weights)",
+        "0.999 averages over some thousand steps (forms batch_topk and matryoshka: with a threshold of their own)",
     )
     centre_input: bool | None = _field(
         None,

@@ -160,6 +160,7 @@ class Trainer:
         coder.clamp_()
         if self.average is not None:
             self.average.update(coder)
+            self.average.measure(coder, x, config.threshold_decay, config.unit_decoder)
         self.dead.update(result.codes)
         self.step += 1
         mean = self.scaling.mean[d:] if config.is_transcoder else self.scaling.mean
@@ -333,6 +334,7 @@ class Trainer:
         autoencoder shares its two weight matrices where they are not averaged.
 
         An average of unit decoder rows is a little shorter: with `unit_decoder` its rows are brought back to unit norm.
+        Of a batch top-k the averaged weights have the threshold that was measured for them (see `WeightAverage`).
         """
         named, weights = dict(self.coder.named_parameters()), {}
         if self.average is not None and self.average.steps:
@@ -346,6 +348,8 @@ class Trainer:
             weights = {name: named[name] for name in ("W_enc", "W_dec")}
         # What is not replaced is copied.
         coder = copy.deepcopy(self.coder, {id(named[name]): weight for name, weight in weights.items()})
+        if self.average is not None and self.average.steps:
+            coder.load_state_dict(self.average.thresholds, strict=False)
         coder.sparse_grad = False
         coder.eval()
         coder = self.scaling.fold_into(coder)
