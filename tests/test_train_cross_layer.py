@@ -66,10 +66,10 @@ def test_every_form_learns_resumes_and_is_saved(tmp_path, form):
     assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in coder.state_dict().items())
     loaded = load(run / "coder")
     assert loaded.config == coder.config and not loaded.training and torch.equal(loaded(x), coder(x))
-    if form == "batch_topk":
-        assert all(source.threshold > 0 for source in loaded.sources)
-        for codes in loaded.encode(x):
-            assert float(codes.l0.float().mean()) == pytest.approx(K, rel=0.25), "the thresholds keep the L0"
+    if form == "batch_topk":  # of all layers together
+        assert loaded.config.joint and all(source.threshold > 0 for source in loaded.sources)
+        l0 = sum(float(codes.l0.float().mean()) for codes in loaded.encode(x))
+        assert l0 == pytest.approx(L * K, rel=0.1), "the thresholds keep the L0"
     if form == "jumprelu":
         assert all((source.threshold > 0).any() for source in loaded.sources)
     with torch.no_grad():  # export() copies: nothing of the coder in training has changed
@@ -95,6 +95,19 @@ def test_it_is_saved_for_plain_rows(form, scaled, tmp_path):
     torch.testing.assert_close(out, y, rtol=1e-8, atol=1e-8)
     for plain, part in zip(coder.encode(rows[:, : L * D]), codes, strict=True):
         assert torch.equal(plain.to_dense() != 0, part.to_dense() != 0), "the same latents are active"
+
+
+def test_a_batch_top_k_of_every_layer_by_itself():
+    rows = data()
+    trainer = Trainer(config("batch_topk", joint=False, tokens=2560 * 2, lr=2e-2), rows, show=False)
+    coder = trainer.run()
+    assert not coder.config.joint and len({float(source.threshold) for source in coder.sources}) == L
+    for codes in coder.encode(rows[:, : L * D]):
+        assert float(codes.l0.float().mean()) == pytest.approx(K, rel=0.25), "the thresholds keep the L0"
+    with pytest.raises(ValueError, match="joint is for architecture 'cross_layer', got 'autoencoder'"):
+        TrainConfig(m=M, k=K, form="batch_topk", joint=False)
+    with pytest.raises(ValueError, match="joint is False, which form 'topk' does not use; it is for: batch_topk"):
+        config("topk", joint=False)
 
 
 def test_annealing_dead_latents_and_the_first_loss():

@@ -99,6 +99,9 @@ def needs(config: TrainConfig, device: str = "cpu") -> Needs:
         scratch += (8 * 3 * entries if ragged else min(_STATE, 16 * entries + 4096 * n)) + 4 * (_SLAB + n) * width
     else:
         scratch += 8 * 2048 * n  # candidates of a row
+    if config.architecture == "cross_layer" and config.form == "batch_topk" and config.joint:
+        # What every layer offers: values and indices, the order of scores, what is equal and kept, where that goes.
+        scratch += n * config.layers * min(config.k * config.layers, m) * (itemsize + 4 + 4 + 3 * 8)
     batches = 2 + config.prefetch
     data = 4 * n * d * batches + itemsize * n * (width + 6 * out)
     counters = m * config.layers * (8 + 4 + 1)

@@ -120,6 +120,11 @@ class TrainConfig:
     threshold_decay: float = _field(
         0.999, "decay rate of the running mean that gives forms batch_topk and matryoshka their threshold in use"
     )
+    joint: bool = _field(
+        True,
+        "form batch_topk of architecture 'cross_layer': the largest activations of all layers together, k of each layer "
+        "on average; false: of every layer by itself",
+    )
     prefixes: str | None = _field(
         None,
         "widths of the nested dictionaries of form matryoshka, as '512,2048'; default: 1/32, 3/32, 7/32 and 15/32 of m,"
@@ -210,6 +215,7 @@ class TrainConfig:
             "unit_decoder",
             "select_by_norm",
             "scale_input",
+            "joint",
             "tensorboard",
         ):
             _fields.flag(name, getattr(self, name))

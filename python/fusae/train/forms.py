@@ -35,7 +35,7 @@ FORMS = {
     "abs": Form("abs", "none", uses=_AUX),
     "group_max": Form("group_max", uses=_AUX),
     "hierarchical": Form("topk", uses=_AUX),
-    "batch_topk": Form("batch_topk", uses=(*_AUX, "threshold_decay")),
+    "batch_topk": Form("batch_topk", uses=(*_AUX, "threshold_decay", "joint")),
     "matryoshka": Form("batch_topk", uses=(*_AUX, "threshold_decay", "prefixes")),
     "relu": Form("relu", uses=_SPARSITY),
     "jumprelu": Form(
@@ -51,7 +51,7 @@ _CROSS_LAYER = ("topk", "batch_topk", "relu", "jumprelu")
 _SPECIAL = {
     "aux_coefficient": 1 / 32, "multi_topk": 0.0, "penalty": "l0", "sparsity_warmup": 0.1, "threshold_decay": 0.999,
     "sparsity": None, "prefixes": None, "straight_through": False, "preact_coefficient": None,
-    "bandwidth": None, "threshold_init": None,
+    "bandwidth": None, "threshold_init": None, "joint": True,
 }  # fmt: skip
 
 
@@ -67,6 +67,8 @@ def check_form(config: TrainConfig) -> None:
         for name in ("k_aux", "k_start"):
             if getattr(config, name):
                 raise ValueError(f"{name} must not be given with form {config.form!r}, got {getattr(config, name)}")
+    if config.architecture != "cross_layer" and not config.joint:
+        raise ValueError(f"joint is for architecture 'cross_layer', got {config.architecture!r}")
     if config.architecture == "cross_layer":
         if config.form not in _CROSS_LAYER:
             forms = ", ".join(map(repr, _CROSS_LAYER))
@@ -139,6 +141,7 @@ def coder_config(config: TrainConfig, m: int | None = None) -> SparseCoderConfig
             k_aux=config.k_aux,
             dtype="float32" if config.dtype == "bfloat16" else config.dtype,
             d_out=parts[-1],
+            joint=config.joint and form.select == "batch_topk",
         )
     return SparseCoderConfig(
         parts[0] if config.is_transcoder else config.d,
