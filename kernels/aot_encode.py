@@ -19,7 +19,8 @@ _POINTERS = {
     "mask_ptr": "*u8", "norms_ptr": "*fp32", "scores_ptr": "*fp32", "fill_ptr": "*i32", "indices_ptr": "*i32",
     "limit_ptr": "*i32", "above_ptr": "*i32", "entry_ptr": "*i64", "place_ptr": "*i64", "state_ptr": "*u8",
     "pivot_ptr": "*i32", "equal_ptr": "*i32", "quota_ptr": "*i32", "smallest_ptr": "*i32", "prefix_ptr": "*i32",
-    "bins_ptr": "*i64", "total": "i32", "capacity": "i32", "half": "fp32",
+    "bins_ptr": "*i64", "needed_ptr": "*i32", "key_ptr": "*i32", "row_ptr": "*i32", "total_ptr": "*i32",
+    "order_ptr": "*i32", "cap": "i32", "total": "i32", "capacity": "i32", "half": "fp32",
 }  # fmt: skip
 
 
@@ -58,6 +59,13 @@ def _gemms() -> list[Job]:
                 Job(f"gate-{where}", "encode_topk", "gate", _types(name, (t.BM, t.BN, t.BK) if tma else None),
                     {**common, "TMA": tma, "AUX": False, "EVEN": True, "CAP": 2048, "AUX_CAP": 2048,
                      "PARTS": t.parts}, **options),
+                Job(f"sample-keys-{where}", "encode_tile", "sample_scores", {**_types(name), "scores_ptr": "*i32"},
+                    {**common, "EVEN": True, "KEYS": True}, **options),
+                *(Job(f"gate_batch{'-norms-aux' * rich}-{where}", "encode_batch_topk", "gate_batch",
+                      _types(name, (t.BM, t.BN, t.BK) if tma and not rich else None),
+                      {**common, "TMA": tma and not rich, "NORMS": rich, "AUX": rich, "EVEN": not rich,
+                       "AUX_CAP": 4096 if rich else 16, "PARTS": t.parts}, **{**options, "hot": not rich})
+                  for rich in ((False, True) if name == "bf16" else (False,))),
                 Job(f"repair_scan-{where}", "encode_repair", "repair_scan", _types(name),
                     {**common, "MASK": False, "EVEN": False, "CAP": 512, "CUT": 16}, **{**options, "hot": False}),
             ]  # fmt: skip
@@ -127,6 +135,11 @@ def _selections() -> list[Job]:
             warps=8),
         Job("certify-4096-side", "encode_topk", "certify", bf16, {"LIMIT": True, "SIDE": True, "ROWS": 1, "CAP": 4096},
             warps=16),
+        Job("certify-8192", "encode_topk", "certify", bf16, {"LIMIT": True, "SIDE": False, "ROWS": 1, "CAP": 8192},
+            warps=16),
+        Job("batch_bounds", "encode_batch_topk", "batch_bounds", {**bf16, "row_ptr": "*i64"},
+            {"RELU": True, "BM": 128, "BLOCK": 1024}),
+        Job("batch_places", "encode_batch_topk", "batch_places", bf16, {"BLOCK": 1024}, aligned=("m",)),
         Job("write_ragged", "encode_ragged", "write_ragged", {**bf16, "limit_ptr": "*fp32"},
             {"WINDOW": False, "CAP": 128, "UNITS": 4, "CHUNK": 4}),
         Job("write_ragged-window", "encode_ragged", "write_ragged", {**bf16, "limit_ptr": "*fp32"},

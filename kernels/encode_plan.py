@@ -19,6 +19,8 @@ from .common import next_power_of_2
 
 UNDER, OVER = 1e-9, 1e-7
 LARGEST_CAP = 4096
+LARGEST_BATCH_CAP = 1 << 30
+"""Places in the buffer of a batch, which int32 counts."""
 SMALLEST_M = 8192
 """Below that many latents the sample and the fixed work of a launch cost more than writing ``[n, m]`` in pieces."""
 
@@ -36,6 +38,15 @@ class Tiles(NamedTuple):
 
 
 class Sample(NamedTuple):
+    size: int
+    rank: int
+    cap: int
+
+
+class BatchSample(NamedTuple):
+    """Of a whole batch: latents sampled for every row, rank of the bound among all of them (0: everything passes), and
+    candidates that the buffer holds (0: no buffer is large enough)."""
+
     size: int
     rank: int
     cap: int
@@ -96,6 +107,22 @@ def sample(m: int, k: int, width: int) -> Sample | None:
     while cap <= LARGEST_CAP and 1 - _tail(cap, p, rank) > OVER and cap < m:
         cap *= 2
     return Sample(size, rank, cap) if cap <= LARGEST_CAP else None
+
+
+def batch_sample(n: int, m: int, k: int) -> BatchSample:
+    """The sample for the n·k largest of a batch: 2²⁴ scores at most.
+
+    As long as entries of a latent come by chance, the best are sampled as by a binomial law; where few latents make
+    many of them, they come by tiles of rows. So there is a quarter more than the law asks for, below and above.
+    """
+    size = min(sample_size(m), max(16, 1 << ((1 << 24) // n).bit_length() - 1))
+    p = size / m
+    mean = n * k * p
+    rank = int(1.25 * mean + 7 * math.sqrt(mean) + 8)
+    cap = int((1.5 * rank + 6 * math.sqrt(rank) + 8) / p)
+    if size > m or rank >= n * size or cap >= n * m:
+        size, rank, cap = 0, 0, n * m
+    return BatchSample(size, rank, cap if cap < LARGEST_BATCH_CAP else 0)
 
 
 def fused(n: int, m: int, k: int, k_aux: int, select: str, width: int, forced: str = "auto") -> bool:

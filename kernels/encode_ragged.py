@@ -96,7 +96,7 @@ def write_ragged(
 
 @triton.jit(do_not_specialize=["n", "capacity"])
 def scan_ragged(
-    x_ptr, w_ptr, b_ptr, norms_ptr, limit_ptr, pivot_ptr, equal_ptr, quota_ptr,
+    needed_ptr, x_ptr, w_ptr, b_ptr, norms_ptr, limit_ptr, pivot_ptr, equal_ptr, quota_ptr,
     count_ptr, place_ptr, values_ptr, indices_ptr, state_ptr, smallest_ptr, n, m, d, capacity, half, sxn, sxd, swm, swd,
     BATCH: tl.constexpr, RELU: tl.constexpr, WRITE: tl.constexpr, WINDOW: tl.constexpr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, SPLITS: tl.constexpr, CAP: tl.constexpr,
@@ -106,11 +106,14 @@ def scan_ragged(
 
     By thresholds: what `gate_ragged` counted and `write_ragged` left out. BATCH: what is above the pivot, and of what
     equals it the first ``quota[row]`` of a row, ``equal [n, SPLITS]`` of them in the ranges before; without WRITE it is
-    counted only.
+    counted only. Nothing at all if `needed_ptr` holds 0.
     """
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     per_split = tl.cdiv(tiles_n, SPLITS)
-    for unit in range(tl.program_id(0), tiles_m * SPLITS, tl.num_programs(0)):
+    units = tiles_m * SPLITS
+    if BATCH:
+        units *= tl.load(needed_ptr)
+    for unit in range(tl.program_id(0), units, tl.num_programs(0)):
         split = unit // tiles_m
         rows = (unit % tiles_m) * BM + tl.arange(0, BM)
         in_rows = rows < n
@@ -176,7 +179,7 @@ def scan_ragged(
 
 @triton.jit(do_not_specialize=["n"])
 def count_scores(
-    x_ptr, w_ptr, b_ptr, norms_ptr, prefix_ptr, bins_ptr, equal_ptr, n, m, d, sxn, sxd, swm, swd,
+    needed_ptr, x_ptr, w_ptr, b_ptr, norms_ptr, prefix_ptr, bins_ptr, equal_ptr, n, m, d, sxn, sxd, swm, swd,
     SHIFT: tl.constexpr, BITS: tl.constexpr, EQUAL: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
@@ -184,13 +187,14 @@ def count_scores(
     """How many ordered scores of the batch begin with the bits of `prefix`, by their next BITS bits (those from SHIFT).
 
     EQUAL: how many equal it, by row and range of columns. BLOCKS: blocks of the tile are counted together (up to 8
-    bits); else each score by itself, which is for the last bits, where few begin as the prefix does.
+    bits); else each score by itself, which is for the last bits, where few begin as the prefix does. `needed_ptr`: 1,
+    or 0 for nothing to do.
     """
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(m, BN)
     per_split = tl.cdiv(tiles_n, SPLITS)
     WIDTH: tl.constexpr = BN // PARTS
     prefix = tl.load(prefix_ptr)
-    for tile in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+    for tile in range(tl.program_id(0), tiles_m * tiles_n * tl.load(needed_ptr), tl.num_programs(0)):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, GROUP)
         rows = tile_m * BM + tl.arange(0, BM)
         in_rows = rows < n

@@ -46,7 +46,7 @@ def select_threshold(
             WINDOW=window, CAP=cap, UNITS=units, CHUNK=8 if INTERPRETED else 4, num_warps=4,
         )  # fmt: skip
         scan_ragged[(grid,)](
-            o.x, o.W, *o.vectors(), threshold, count, count, count, count, place, values, indices,
+            count, o.x, o.W, *o.vectors(), threshold, count, count, count, count, place, values, indices,
             state if window else indices, count, n, o.m, o.d, size, half, *o.strides(), BATCH=False, RELU=False,
             WRITE=True, WINDOW=window, **o.flags(), SPLITS=SPLITS, CAP=cap, **o.launch(),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import INTERPRETED
+from .common import INTERPRETED, ordered
 from .encode_plan import Tiles, default_tiles
 from .tuning import tuned
 
@@ -102,9 +102,12 @@ def tile_scores(
 
 
 @triton.jit
-def sampled_latent(j, step):
-    """The j-th sampled latent: one of every `step`, at a hashed place, so that no period of the latents is in tune."""
-    h = (j.to(tl.uint32) * 2654435761) & 0xFFFFFFFF
+def sampled_latent(j, step, turn=0):
+    """The j-th sampled latent: one of every `step`, at a hashed place, so that no period of the latents is in tune.
+
+    Another `turn` samples other latents.
+    """
+    h = ((j + turn * 40503).to(tl.uint32) * 2654435761) & 0xFFFFFFFF
     h = (h ^ (h >> 15)).to(tl.int64)
     return j * step + ((h * step) >> 32).to(tl.int32)
 
@@ -113,18 +116,22 @@ def sampled_latent(j, step):
 def sample_scores(
     x_ptr, w_ptr, b_ptr, norms_ptr, scores_ptr, n, m, d, size, step, sxn, sxd, swm, swd,
     BIAS: tl.constexpr, NORMS: tl.constexpr, MAGNITUDE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, KEYS: tl.constexpr = False,
 ):  # fmt: skip
-    """Scores ``[n, size]`` of the sampled latents."""
+    """Scores ``[n, size]`` of the sampled latents.
+
+    KEYS: in order as int32, and of other latents in every tile of rows. Latents that fire for all rows are few: a
+    sample of a whole batch should have all of them, for some rows each.
+    """
     tile_m, tile_n = tile_place(tl.program_id(0), tl.cdiv(n, BM), tl.cdiv(size, BN), GROUP)
     rows = tile_m * BM + tl.arange(0, BM)
     j = tile_n * BN + tl.arange(0, BN)
-    columns = sampled_latent(tl.minimum(j, size - 1), step)
+    columns = sampled_latent(tl.minimum(j, size - 1), step, tile_m if KEYS else 0)
     acc = tile_products(x_ptr, w_ptr, tl.minimum(rows, n - 1), columns, 0, 0, d, sxn, sxd, swm, swd,
                         False, EVEN, PRECISION, BM, BN, BK)  # fmt: skip
     pre, score = tile_scores(acc, columns, b_ptr, norms_ptr, BIAS, NORMS, MAGNITUDE)
     to = rows.to(tl.int64)[:, None] * size + j[None, :]
-    tl.store(scores_ptr + to, score, mask=(rows < n)[:, None] & (j < size)[None, :])
+    tl.store(scores_ptr + to, ordered(score) if KEYS else score, mask=(rows < n)[:, None] & (j < size)[None, :])
 
 
 def programs(device: torch.device) -> int:
@@ -144,8 +151,9 @@ class Operands:
     """x ``[n, d]`` and W_enc ``[m, d]`` with bias and norms, and how to launch a GEMM on them."""
 
     def __init__(
-        self, x: Tensor, W: Tensor, bias: Tensor | None, norms: Tensor | None = None, magnitude: bool = False
-    ) -> None:
+        self, x: Tensor, W: Tensor, bias: Tensor | None, norms: Tensor | None = None, magnitude: bool = False,
+        tiles: Tiles | None = None,
+    ) -> None:  # fmt: skip
         self.x, self.W, self.bias, self.norms, self.magnitude = x, W, bias, norms, magnitude
         if x.stride(1) != 1 and W.stride(1) == 1 and not INTERPRETED:
             self.x = x.contiguous()  # as small as a matrix here gets; W is read where it lies
@@ -154,10 +162,18 @@ class Operands:
         self.bias = None if bias is None else bias.contiguous()
         self.norms = None if norms is None else norms.contiguous()
         major = capability(x.device)
-        self.tiles: Tiles = tuned("encode", x.device, x.dtype, self.d, default_tiles(x.dtype, self.d, major))
+        self.tiles: Tiles = tiles or self._tiles(default_tiles(x.dtype, self.d, major))
         tf32 = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         self.precision = "tf32" if tf32 else "ieee"
         self.tma = major is not None and major[0] >= 9 and x.dtype != torch.float32 and self._described()
+
+    def _tiles(self, default: Tiles) -> Tiles:
+        def measured() -> Tiles:
+            from .autotune import search
+
+            return search(self.x.device, self.x.dtype, self.d, default)
+
+        return tuned("encode", self.x.device, self.x.dtype, self.d, default, measured)
 
     def _described(self) -> bool:
         """Whether TMA can read both: rows in one piece, 16-byte steps."""
@@ -203,11 +219,12 @@ class Operands:
     def tiles_n(self) -> int:
         return -(-self.m // self.tiles.BN)
 
-    def sampled(self, size: int) -> Tensor:
-        scores = torch.empty(self.n, size, dtype=torch.float32, device=self.x.device)
+    def sampled(self, size: int, keys: bool = False) -> Tensor:
+        dtype = torch.int32 if keys else torch.float32
+        scores = torch.empty(self.n, size, dtype=dtype, device=self.x.device)
         grid = self.tiles_m * -(-size // self.tiles.BN)
         sample_scores[(grid,)](
             self.x, self.W, *self.vectors(), scores, self.n, self.m, self.d, size, self.m // size, *self.strides(),
-            **self.flags(), GROUP=self.tiles.group, **self.launch(),
+            **self.flags(), GROUP=self.tiles.group, KEYS=keys, **self.launch(),
         )  # fmt: skip
         return scores

@@ -242,22 +242,6 @@ def test_threshold_ranges_that_overflow_their_buffer_are_done_again(monkeypatch)
     assert_equal(l0, wanted_l0, "l0")
 
 
-@pytest.mark.parametrize("step", [2.0**-23, 2.0**-15, 2.0**-7, 1.0], ids=["last", "middle", "first", "all"])
-def test_the_pivot_of_a_batch_is_found_by_all_of_its_bits(step):
-    """Scores that differ in the bits of one pass alone, of both signs, some of them equal."""
-    n, m, k = 9, 700, 11
-    x = torch.ones(n, 1, device=DEVICE)
-    W = (1 + step * (torch.arange(m, device=DEVICE) * 37 % 101)).float()
-    W = torch.where(torch.arange(m, device=DEVICE) % 3 == 0, -W, W)[:, None]
-    for sign in (1, -1):
-        inputs = {"x": x, "W_enc": (W if sign == 1 else -W.abs()), "b_enc": None, "k": k, "activation": "none"}
-        got, _ = fusae.encode_batch_topk(**inputs, backend="triton")
-        wanted, _ = fusae.encode_batch_topk(**inputs, backend="reference")
-        assert_equal(got.offsets, wanted.offsets, "offsets")
-        assert_equal(got.indices, wanted.indices, "indices")
-        assert_equal(got.values, wanted.values, "values")
-
-
 def test_an_unknown_way_to_encode_is_refused():
     with pytest.raises(ValueError, match="encoder must be 'auto', 'fused' or 'chunked', got 'fast'"):
         with triton.force_encoder("fast"):

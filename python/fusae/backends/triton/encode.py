@@ -33,6 +33,11 @@ def force_encoder(name: str) -> Iterator[None]:
         _way = before
 
 
+def way() -> str:
+    """What `force_encoder` asks for, or 'auto'."""
+    return _way
+
+
 def auxiliary(x: Tensor, mask: Tensor | None, k_aux: int) -> tuple | None:
     """The second selection: k_aux, mask as bytes, values, indices, the unmasked latents to fill up with; its codes."""
     values = x.new_empty(len(x), k_aux)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...kernels import encode_plan as plan
 from ...kernels.encode_batch_topk import select_batch
 from ...kernels.encode_chunked import select_chunked
 from ...kernels.encode_threshold import select_threshold
 from ...kernels.encode_tile import Operands
+from ...kernels.encode_topk import Candidates
 from ...kernels.topk import Columns
 from .available import table
-from .encode import auxiliary
+from .encode import auxiliary, way
 
 
 def encode_threshold_fwd(
@@ -36,11 +38,20 @@ def encode_batch_topk_fwd(
     k_aux: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    o = Operands(x, W_enc, b_enc, norms)
+    o, relu = Operands(x, W_enc, b_enc, norms), activation == "relu"
     aux, aux_values, aux_indices = auxiliary(x, aux_mask, k_aux if aux_mask is not None else 0)
+    second = None
     if aux and len(x):
-        select_chunked(o.x, W_enc, Columns(o.bias, o.norms), activation == "relu", aux)
-    return *select_batch(o, k, activation == "relu"), aux_values, aux_indices
+        if plan.fused(len(x), o.m, k, k_aux, "topk", o.tiles.BN, way()):
+            second = Candidates(o, k_aux, plan.sample(o.m, k_aux, o.tiles.BN), aux[1])
+            second.bounds(o.sampled(second.sample.size))
+        else:
+            select_chunked(o.x, W_enc, Columns(o.bias, o.norms), relu, aux)
+    found = select_batch(o, k, relu, second)
+    if second is not None:
+        second.certify()
+        second.finish(aux_values, aux_indices, relu, aux[4])
+    return *found, aux_values, aux_indices
 
 
 TABLE = table(encode_threshold_fwd, encode_batch_topk_fwd)
