@@ -2,10 +2,13 @@
 """Train dictionaries of several kinds on a real model, and put what came out side by side.
 
     python benchmarks/forms.py --out runs/forms --results benchmarks/results/DEVICE/forms.json --page docs/forms.md
+    python benchmarks/forms.py --only transcoder --only TopK --results ... --page ...   # the others: as in the file
+    python benchmarks/forms.py --report --results ... --page ...                        # the page, from the file alone
 
 Model and text are the demo's (downloaded once, 103 MB). Every dictionary is a run of `fusae.pipeline.Pipeline` with the
 same tokens, held-out articles, width and number of steps; a run that is there already is not done again, one that was
-stopped is gone on with. Each has its report in its own folder. The page is made from the JSON.
+stopped is gone on with. Each has its report in its own folder. The page is made from the JSON, where every run says
+under ``made`` of which commit and on what machine it is.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from fusae.train import TrainConfig
 RESIDUAL = ("model.layers.11",)
 MLP = ("model.layers.11.mlp:in", "model.layers.11.mlp")
 LAYERS = ("model.layers.9", "model.layers.11", "model.layers.13")
+MLPS = tuple(f"model.layers.{layer}.mlp{end}" for end in (":in", "") for layer in (10, 11, 12))
 
 #: name -> (sites, fields of the training beside those that all runs share)
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -43,10 +47,22 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"form": "jumprelu", "penalty": "l0_mean_squared", "threshold_init": 0.1, "bandwidth": 0.05},
     ),
     "Matryoshka": (RESIDUAL, {"preset": "matryoshka"}),
+    # Weights of the L1 term at which about k latents are active.
+    "ReLU": (RESIDUAL, {"form": "relu", "sparsity": 0.04}),
+    "Gated": (RESIDUAL, {"form": "gated", "sparsity": 0.04}),
+    "AbsTopK": (RESIDUAL, {"preset": "absolute-topk"}),
+    "GroupMax": (RESIDUAL, {"preset": "group-max"}),
+    "hierarchical TopK": (RESIDUAL, {"preset": "hierarchical-topk"}),
     "transcoder": (MLP, {"preset": "transcoder"}),
     "skip transcoder": (MLP, {"preset": "skip-transcoder"}),
     "crosscoder": (LAYERS, {"preset": "crosscoder"}),
+    # m latents in each of three layers, 3 k of them active in all. Decoder rows are free and start at 0, as a transcoder's.
+    "cross-layer transcoder": (
+        MLPS,
+        {"form": "batch_topk", "architecture": "cross_layer", "unit_decoder": False, "decoder_scale": 0.0},
+    ),
 }
+MADE = ("command", "device", "threads", "git", "dirty", "time")
 
 
 def settings(name: str, demo: DemoConfig, cache: Path) -> tuple[TrainConfig, Any]:
@@ -79,6 +95,28 @@ def run(name: str, demo: DemoConfig, out: Path, cache: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def merged(before: dict[str, Any] | None, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`rows` and those of a results file that are of other kinds, in the order of `RUNS`."""
+    kept = {}
+    for row in before["runs"] if before else ():
+        made = row.get("made") or {name: before[name] for name in MADE}
+        kept[row["name"]] = {**row, "made": made}
+    kept |= {row["name"]: row for row in rows}
+    return [kept[name] for name in RUNS if name in kept]
+
+
+def _made(rows: list[dict[str, Any]]) -> list[str]:
+    """Commands, machines and commits of the runs, a line each."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        found.setdefault(tuple(row["made"][name] for name in MADE[:-1]), []).append(row["name"])
+    lines = []
+    for (command, device, threads, git, dirty), names in found.items():
+        commit = f"commit {str(git)[:10]}{' with local changes' if dirty else ''}"
+        lines.append(f"- {', '.join(names)}: `{command}`, on {device}, {threads} threads, {commit}")
+    return lines
+
+
 def page(results: dict[str, Any]) -> str:
     """The Markdown page."""
     rows = results["runs"]
@@ -92,17 +130,20 @@ def page(results: dict[str, Any]) -> str:
         f"k = {first['train']['k']}, {first['steps']:,} steps of {first['train']['batch_size']:,} tokens, one seed, "
         f"measured on {first['tokens']:,} tokens of held-out articles. Made with",
         "",
-        f"    {results['command']}",
+        *_made(rows),
         "",
-        f"on {results['device']}, {results['threads']} threads, commit {str(results['git'])[:10]}"
-        f"{' with local changes' if results['dirty'] else ''}. {results.get('about', '')}".rstrip(),
+        "The cross-layer transcoder has as many latents in each of its three layers, and three times k of them active.",
+        "Settings that are not a preset's own are in `RUNS` of `benchmarks/forms.py`: thresholds and window of the",
+        "JumpReLU and the weights of the L1 terms were chosen on these data so that about k latents are active.",
         "",
         "| dictionary | at | FVU | L0 | dead | loss: model / patched / mean-ablated | loss recovered | KL recovered |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         loss, sites = row["loss"], [site.removeprefix("model.") for site in row["sites"]]
-        where = " → ".join(sites) if "transcoder" in row["name"] else ", ".join(sites)
+        half = len(sites) // 2
+        ends = (sites[:half], sites[half:]) if "transcoder" in row["name"] else (sites,)
+        where = " → ".join(", ".join(end) for end in ends)
         losses = " / ".join(f"{loss[name]:.3f}" for name in ("original", "patched", "mean_ablated"))
         lines.append(
             f"| {row['name']} | {where} | {row['fvu']:.3f} | {row['l0']:.1f} | {row['dead_latents']:,} | {losses} | "
@@ -124,6 +165,7 @@ def main(
     results: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
     page_path: Annotated[Path | None, typer.Option("--page", help="Markdown page to write")] = None,
     only: Annotated[list[str] | None, typer.Option(help="of the kinds; default: all")] = None,
+    report: Annotated[bool, typer.Option("--report", help="write the page from --results, and train nothing")] = False,
     epochs: Annotated[int, typer.Option(help="passes over the tokens")] = 4,
     quick: Annotated[bool, typer.Option("--quick", help="everything small, to see that it runs")] = False,
     cache_dir: Annotated[Path | None, typer.Option(help="for downloads and activations")] = None,
@@ -133,12 +175,22 @@ def main(
     wanted = only or list(RUNS)
     if unknown := [name for name in wanted if name not in RUNS]:
         raise SystemExit(f"only must be among {', '.join(RUNS)}, got {', '.join(unknown)}")
-    rows = [run(name, demo, out, cache) for name in wanted]
-    command = shlex.join(["python", "benchmarks/forms.py", *sys.argv[1:]])
-    found = {**environment(command=command), "threads": torch.get_num_threads(), "runs": rows}
-    if results is not None:
-        write_json(results, found)
-    text = page(found)
+    before = read_json(results, "results of forms.py") if results is not None and results.exists() else None
+    if report:
+        if before is None:
+            raise SystemExit("--report needs --results, a file that is there")
+        found = before
+    else:
+        command = shlex.join(["python", "benchmarks/forms.py", *sys.argv[1:]])
+        where = {**environment(command=command), "threads": torch.get_num_threads()}
+        made = {name: where[name] for name in MADE}
+        found = where
+        for name in wanted:
+            row = {**run(name, demo, out, cache), "made": made}
+            found = before = {**where, "runs": merged(before, [row])}
+            if results is not None:
+                write_json(results, found)
+    text = page({**found, "runs": merged(found, [])})
     if page_path is not None:
         page_path.parent.mkdir(parents=True, exist_ok=True)
         page_path.write_text(text, encoding="utf-8")
