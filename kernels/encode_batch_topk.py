@@ -140,7 +140,7 @@ class BatchCandidates:
             return torch.empty(*shape, dtype=dtype, device=operands.x.device)
 
         self.operands, self.sample, self.relu, self.wanted = operands, sample, relu, operands.n * k
-        self.side = operands.norms is not None
+        self.side = operands.side
         self.keys, self.row = empty(sample.cap, dtype=torch.int64), empty(sample.cap, dtype=torch.int32)
         self.pre = empty(sample.cap if self.side else 1, dtype=torch.float32)
         self.value = empty(operands.n, dtype=torch.float32)

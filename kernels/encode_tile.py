@@ -167,6 +167,17 @@ class Operands:
         self.precision = "tf32" if tf32 else "ieee"
         self.tma = major is not None and major[0] >= 9 and x.dtype != torch.float32 and self._described()
 
+    def rows(self, part: slice) -> Operands:
+        """Some of the rows of x."""
+        if (part.start, part.stop) == (0, self.n):
+            return self
+        return Operands(self.x[part], self.W, self.bias, self.norms, self.magnitude, self.tiles)
+
+    @property
+    def side(self) -> bool:
+        """Whether a score does not tell the pre-activation."""
+        return self.norms is not None or self.magnitude
+
     def _tiles(self, default: Tiles) -> Tiles:
         def measured() -> Tiles:
             from .autotune import search

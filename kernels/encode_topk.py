@@ -183,7 +183,7 @@ class Candidates:
 
         o, cap = self.operands, self.sample.cap
         n = o.tiles_m * o.tiles.BM  # the repair uses the buffers by tiles of rows
-        self.side = o.norms is not None or o.magnitude
+        self.side = o.side
         self.keys = empty(n, cap, dtype=torch.int64)
         self.pre = empty(n if self.side else 1, cap if self.side else 1, dtype=torch.float32)
         self.value, self.index = empty(n, dtype=torch.float32), empty(n, dtype=torch.int32)

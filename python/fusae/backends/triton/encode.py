@@ -67,8 +67,10 @@ def encode_topk_fwd(
         operands = Operands(x, W_enc, b_enc, norms, select == "abs")
         width = operands.tiles.BN
         if plan.fused(n, m, k, k_aux, select, width, _way):
-            second = aux and (k_aux, plan.sample(m, k_aux, width), aux[1], aux[4], (aux_values, aux_indices))
-            select_fused(operands, k, plan.sample(m, k, width), (values, indices), relu, second)
+            main, second = plan.sample(m, k, width), aux and plan.sample(m, k_aux, width)
+            for part in plan.row_pieces(n, [main, second] if aux else [main], operands.side):
+                rest = aux and (k_aux, second, aux[1], aux[4], (aux_values[part], aux_indices[part]))
+                select_fused(operands.rows(part), k, main, (values[part], indices[part]), relu, rest)
         else:
             columns = Columns(operands.bias, operands.norms, None, select == "abs")
             if select == "group_max":

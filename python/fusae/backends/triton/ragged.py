@@ -15,6 +15,9 @@ from ...kernels.topk import Columns
 from .available import table
 from .encode import auxiliary, way
 
+MOST_CANDIDATES = 1 << 27
+"""Of the auxiliary selection beside a batch: 1 GB. More rows than that are selected by pieces of ``[n, m]``."""
+
 
 def encode_threshold_fwd(
     x: Tensor,
@@ -42,8 +45,10 @@ def encode_batch_topk_fwd(
     aux, aux_values, aux_indices = auxiliary(x, aux_mask, k_aux if aux_mask is not None else 0)
     second = None
     if aux and len(x):
-        if plan.fused(len(x), o.m, k, k_aux, "topk", o.tiles.BN, way()):
-            second = Candidates(o, k_aux, plan.sample(o.m, k_aux, o.tiles.BN), aux[1])
+        sample = plan.sample(o.m, k_aux, o.tiles.BN)
+        # All rows at once, unlike in `encode_topk`: the batch has one bound.
+        if plan.fused(len(x), o.m, k_aux, 0, "topk", o.tiles.BN, way()) and len(x) * sample.cap <= MOST_CANDIDATES:
+            second = Candidates(o, k_aux, sample, aux[1])
             second.bounds(o.sampled(second.sample.size))
         else:
             select_chunked(o.x, W_enc, Columns(o.bias, o.norms), relu, aux)
