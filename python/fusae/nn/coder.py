@@ -16,6 +16,7 @@ from ..codes import SparseCodes
 from ..formats.native import load_pair, save_pair
 from ..ops import decode, encode_batch_topk, encode_threshold, encode_topk
 from .config import SparseCoderConfig
+from .decoding import Decoding
 from .init import geometric_median, random_unit_rows_, unit_rows_
 from .input_norm import InputNorm
 from .objectives import CoderLoss, Moment, TopK
@@ -25,7 +26,7 @@ from .sums import running_, take
 FORMAT, VERSION, STEM = "fusae.SparseCoder", 2, "coder"
 
 
-class SparseCoder(nn.Module):
+class SparseCoder(Decoding, nn.Module):
     """Sparse autoencoder or transcoder: a few of m latents are active in each row, and decoded.
 
     ``pre = W_enc (x - b_dec) + b_enc`` (`b_dec` only with ``config.pre_bias``), ``codes = select(pre)`` as

@@ -33,12 +33,20 @@ def unit_rows_(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def random_unit_rows_(weight: Tensor, seed: int) -> Tensor:
-    """Fill `weight` ``[m, d]`` with random directions: a function of `seed` and shape, the same on every device."""
+def random_unit_rows_(weight: Tensor, seed: int, first: int = 0, m: int | None = None) -> Tensor:
+    """Fill `weight` ``[m, d]`` with random directions: a function of `seed` and shape, the same on every device.
+
+    `first`, `m`: where `weight` is but the rows from `first` on of a matrix of `m`, those rows of it. The ones before
+    are drawn too, a few at a time.
+    """
     generator = torch.Generator().manual_seed(seed)
-    wide = _checks.accumulator(weight.dtype)
-    for rows in weight.split(_CHUNK):
-        rows.copy_(unit_rows_(torch.randn(rows.shape, generator=generator, dtype=wide)))
+    wide, (count, d) = _checks.accumulator(weight.dtype), weight.shape
+    m = count if m is None else m
+    for start in range(0, first + count, _CHUNK):
+        rows = torch.randn(min(_CHUNK, m - start), d, generator=generator, dtype=wide)
+        low, high = max(start, first), min(start + len(rows), first + count)
+        if low < high:
+            weight[low - first : high - first].copy_(unit_rows_(rows[low - start : high - start]))
     return weight
 
 

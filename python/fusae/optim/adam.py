@@ -196,18 +196,23 @@ class Adam(torch.optim.Optimizer):
             self.state[param] = {"step": int(saved[index]["step"]), **kept}
 
     @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+    def clip_grad_norm_(
+        self, max_norm: float, joint: Callable[[list[Tensor], Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Scale all gradients so that their joint Euclidean norm is at most `max_norm`. Never reads from the device.
 
         Sparse gradients are taken as they are (``torch.nn.utils.clip_grad_norm_`` refuses them). Where a group
         projects, the norm is that of the projected gradient: the order is project, clip, step.
+
+        `joint`: for parameters whose rows are spread over processes, makes the squared norm of all of them from the
+        parameters and the squared norm of the gradient of each ``[p]`` as this process has it; default: their sum.
 
         Returns:
             The norm before clipping, a scalar on the device of the gradients. As with torch's function, a NaN norm
             makes all gradients NaN; an infinite one makes infinite values NaN and all others 0.
         """
         _fields.number("max_norm", max_norm, above=True)
-        squares, grads = [], []
+        squares, grads, params = [], [], []
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -218,11 +223,13 @@ class Adam(torch.optim.Optimizer):
                 else:
                     rows, grad = None, param.grad
                 grads.append(grad)
+                params.append(param)
                 project = group["project"] and param.ndim == 2
                 squares.append(_square_norm(grad, rows, param if project else None))
         if not squares:
             return torch.zeros(())
-        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()
+        each = torch.stack([s.to(squares[0].device) for s in squares])
+        norm = (each.sum() if joint is None else joint(params, each)).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             grad.mul_(scale.to(grad.device, grad.dtype))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _fields
 from ..formats.native import FormatError, check_sums, check_tensors, check_version, open_tensors, write_tensors
+from . import shards
 from .config import TrainConfig
 
 if TYPE_CHECKING:
@@ -22,7 +23,19 @@ _WANTED = "the checkpoint of an unfinished run"
 
 def save(trainer: Trainer, path: Path) -> None:
     """Weights, their average, moments, counters, random state, place in the data, sums of the open interval."""
-    about = {
+    write_tensors(path, tensors(trainer), about(trainer))
+    shards.remove_others(path, [])  # of ranks that trained it before
+
+
+def remove(run_dir: Path) -> None:
+    """Remove the checkpoint of a run, and what belongs to it."""
+    (run_dir / NAME).unlink(missing_ok=True)
+    shards.remove_others(run_dir / NAME, [])
+
+
+def about(trainer: Trainer) -> dict[str, Any]:
+    """Every plain value of the state."""
+    return {
         "format": FORMAT,
         "version": VERSION,
         "config": trainer.config.to_dict(),
@@ -34,7 +47,6 @@ def save(trainer: Trainer, path: Path) -> None:
         "data": trainer.feed.state_dict(),
         "dropped": trainer.feed.dropped,
     }
-    write_tensors(path, tensors(trainer), about)
 
 
 def tensors(trainer: Trainer) -> dict[str, Tensor]:
@@ -120,12 +132,15 @@ def load_tensors(trainer: Trainer, path: Path) -> None:
         state = trainer.optimizer.state_of(param)
         state["step"] = step
         targets.update({f"{name}.{key}": value for key, value in state.items() if isinstance(value, Tensor)})
-    check_tensors(path, file, {name: (list(target.shape), target.dtype) for name, target in targets.items()})
-    check_sums(path, file, about)
-    del targets["rng_state"]
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(file.get_tensor(name))
+    if shards.FIELD in about or trainer.part is not None:
+        shards.load(path, file, about, targets, trainer.part)
+    else:
+        check_tensors(path, file, {name: (list(target.shape), target.dtype) for name, target in targets.items()})
+        check_sums(path, file, about)
+        with torch.no_grad():
+            for name, target in targets.items():
+                if name != "rng_state":
+                    target.copy_(file.get_tensor(name))
     if trainer.average is not None:
         trainer.average.steps = step
     torch.set_rng_state(file.get_tensor("rng_state"))

@@ -156,6 +156,12 @@ class TrainConfig:
         "float32", "'float32', 'float64', or 'bfloat16': computed in bfloat16, parameters and moments in float32"
     )
     device: str = _field("auto", "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', ...")
+    shard_latents: int | None = _field(
+        None,
+        "under torchrun: processes that share the latents among them; as many times that encode other rows of a batch "
+        "each; default: all of them",
+    )
+    rank_timeout: float = _field(600.0, "under torchrun: seconds to wait for another process before the run ends")
     seed: int = _field(0, "of the initial weights")
     data_seed: int | None = _field(None, "of the order of the data; default: seed")
     shuffle_rows: int | None = _field(
@@ -170,7 +176,7 @@ class TrainConfig:
         _fields.whole("k", self.k, 1, self.m, "m")
         for name in ("batch_size", "epochs", "init_rows", "log_every"):
             _fields.whole(name, getattr(self, name), 1)
-        for name in ("d", "tokens", "dead_window", "shuffle_rows"):
+        for name in ("d", "tokens", "dead_window", "shuffle_rows", "shard_latents"):
             if getattr(self, name) is not None:
                 _fields.whole(name, getattr(self, name), 1)
         if self.k_start is not None:
@@ -189,18 +195,12 @@ class TrainConfig:
             _fields.whole("warmup_steps", self.warmup_steps)
         if self.k_aux is not None:
             _fields.whole("k_aux", self.k_aux, 0, self.m, "m")
-        for name in ("lr", "clip_norm", "bandwidth"):
+        for name in ("lr", "clip_norm", "bandwidth", "rank_timeout"):
             if getattr(self, name) is not None:
                 _fields.number(name, getattr(self, name), above=True)
         for name in (
-            "eps",
-            "aux_coefficient",
-            "multi_topk",
-            "sparsity",
-            "threshold_init",
-            "preact_coefficient",
-            "decoder_scale",
-        ):
+            "eps", "aux_coefficient", "multi_topk", "sparsity", "threshold_init", "preact_coefficient", "decoder_scale"
+        ):  # fmt: skip
             if getattr(self, name) is not None:
                 _fields.number(name, getattr(self, name))
         for name in ("beta1", "beta2", "ema", "threshold_decay"):
@@ -209,15 +209,9 @@ class TrainConfig:
             if _fields.number(name, getattr(self, name)) > 1:
                 raise ValueError(f"{name} must be between 0 and 1, a share of the steps, got {getattr(self, name)}")
         for name in (
-            "warmup_from_zero",
-            "normalise_loss",
-            "straight_through",
-            "unit_decoder",
-            "select_by_norm",
-            "scale_input",
-            "joint",
-            "tensorboard",
-        ):
+            "warmup_from_zero", "normalise_loss", "straight_through", "unit_decoder", "select_by_norm", "scale_input",
+            "joint", "tensorboard",
+        ):  # fmt: skip
             _fields.flag(name, getattr(self, name))
         if self.centre_input is not None:
             _fields.flag("centre_input", self.centre_input)

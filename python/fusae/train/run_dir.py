@@ -33,7 +33,9 @@ _FILES = (
 )  # fmt: skip
 # May differ between a run and its continuation: they do not change the result (but for the rounding of another device,
 # and for rows that are not finite).
-_FREE = ("log_every", "checkpoint_every", "prefetch", "tensorboard", "nonfinite", "device")
+_FREE = (
+    "log_every", "checkpoint_every", "prefetch", "tensorboard", "nonfinite", "device", "shard_latents", "rank_timeout",
+)  # fmt: skip
 
 
 def prepare(

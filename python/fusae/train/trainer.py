@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..formats.native import FormatError
 from ..nn import CoderLoss, CrossLayerTranscoder, DeadLatents, Moment, SparseCoder
 from ..nn.init import init_thresholds_, unit_rows_
-from . import checkpoint
+from ..nn.objectives import Objective
+from . import checkpoint, shards
 from .average import WeightAverage
 from .config import TrainConfig
 from .feed import Feed
@@ -85,35 +86,74 @@ class Trainer:
     ) -> None:
         self.run_dir = None if run_dir is None else Path(run_dir)
         self.show, self.about = show, about or {}
-        found = prepare(self.run_dir, config, resume, overwrite)
+        found = self._prepare(config, resume, overwrite)
         if found is not None:
             config = merge(config, found["config"])
-        self.source = open_data(data)
-        batches, self.config = open_batches(config, self.source)
-        config, self.device = self.config, device_of(self.config.device)
+        self.source, batches, self.config = self._open(config, data)
+        config, self.device = self.config, self._start()
         if config.tensorboard:
             check_tensorboard()
         terms = try_ops(config, self.device)
-        self.feed = new_feed(config, batches, self.device) if feed is None else feed
+        self.feed = self._new_feed(batches) if feed is None else feed
         self.step, self.seconds = 0, 0.0
         self.interval = Interval(self.device, terms)
-        self.objective = objective(config)
         new = found is None
-        seed = config.seed if new else None
-        self.coder = new_training_coder(config, seed=seed, device=self.device)
+        self.coder, self.objective = self._new_coder(config.seed if new else None)
         self.optimizer = new_optimizer(self.coder, config)
-        self.dead = DeadLatents(config.layers * config.m, config.dead_window, self.device)
+        latents = config.layers * self.coder.config.m
+        self.dead = DeadLatents(latents, config.dead_window, self.device)
         self.average = WeightAverage(self.coder, config.ema) if config.ema else None
         if new:
             rows = min(config.init_rows, self.source.shape[0] or config.init_rows, config.tokens)
-            self.scaling = measure(config, self.feed.peek(rows), self.coder)
+            self.scaling = self._measure(rows)
             if config.form == "jumprelu":
                 for part in getattr(self.coder, "sources", [self.coder]):
                     init_thresholds_(part, config.threshold_init)
         else:
             self._resume(found, shared=feed is not None)
         if self.run_dir is not None:
-            start_files(self, new)
+            self._start_files(new)
+
+    # What several processes that train one coder do in another way: see `fusae.train.sharded`.
+
+    def _prepare(self, config: Any, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        return prepare(self.run_dir, config, resume, overwrite)
+
+    def _open(self, config: TrainConfig, data: Any) -> tuple[Any, Any, TrainConfig]:
+        source = open_data(data)
+        return source, *open_batches(config, source)
+
+    def _start(self) -> torch.device:
+        return device_of(self.config.device)
+
+    def _new_feed(self, batches: Any) -> Feed:
+        return new_feed(self.config, batches, self.device)
+
+    def _new_coder(self, seed: int | None) -> tuple[SparseCoder | CrossLayerTranscoder, Objective]:
+        return new_training_coder(self.config, seed=seed, device=self.device), objective(self.config)
+
+    def _measure(self, rows: int) -> Scaling:
+        return measure(self.config, self.feed.peek(rows), self.coder)
+
+    def _start_files(self, new: bool) -> None:
+        start_files(self, new)
+
+    def _clip(self) -> Tensor:
+        return self.optimizer.clip_grad_norm_(self.config.clip_norm)
+
+    def _dead_count(self) -> Tensor:
+        return self.dead.mask().sum()
+
+    def _save_coder(self) -> None:
+        self.export().save(self.run_dir / CODER)
+
+    def _plain(self) -> SparseCoder | CrossLayerTranscoder:
+        """The coder in training, of the class that is saved."""
+        return self.coder
+
+    part: shards.Part | None = None  # of the latents, that this process holds; None: all of them
+    _writes = True  # whether this process is the one that keeps the run's directory
+    _interruptible = staticmethod(interruptible)
 
     def _resume(self, found: dict[str, Any], shared: bool) -> None:
         path = self.run_dir / checkpoint.NAME
@@ -154,7 +194,7 @@ class Trainer:
             result = self.objective(coder, x, target, moment)
         with stepping_early(coder, self.optimizer, config):
             result.loss.backward()
-        norm = None if config.clip_norm is None else self.optimizer.clip_grad_norm_(config.clip_norm)
+        norm = None if config.clip_norm is None else self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         coder.clamp_()
@@ -188,7 +228,7 @@ class Trainer:
     def _row(self) -> dict[str, Any]:
         """The metrics since the last row, for metrics.jsonl. Reads from the device once."""
         config, steps = self.config, self.interval.counts["steps"]
-        dead = self.dead.mask().sum() if self.tokens >= config.dead_window else self.interval.sums.new_zeros(())
+        dead = self._dead_count() if self.tokens >= config.dead_window else self.interval.sums.new_zeros(())
         row = self.interval.row(dead, config.clip_norm is not None)
         for name, value in row.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -221,11 +261,12 @@ class Trainer:
             FloatingPointError: the training diverged; the last good checkpoint is kept.
         """
         goal = self.config.steps if until is None else min(until, self.config.steps)
-        log = MetricsLog(self.run_dir, self.config.tensorboard, self.step)
+        kept = self.run_dir if self._writes else None
+        log = MetricsLog(kept, self.config.tensorboard, self.step)
         with (
-            locked(self.run_dir),
+            locked(kept),
             TrainingDisplay(self.show, self.config.tokens) as display,
-            interruptible() as stopped,
+            self._interruptible() as stopped,
             contextlib.closing(log),
             contextlib.closing(self.feed),
         ):
@@ -294,8 +335,9 @@ class Trainer:
         if self.run_dir is None:
             return
         if self.finished:
-            self.export().save(self.run_dir / CODER)
-            (self.run_dir / checkpoint.NAME).unlink(missing_ok=True)
+            self._save_coder()
+            if self._writes:
+                checkpoint.remove(self.run_dir)
             display.say(f"done: {self.run_dir / CODER}")
         else:
             self.save_checkpoint()
@@ -336,7 +378,8 @@ class Trainer:
         An average of unit decoder rows is a little shorter: with `unit_decoder` its rows are brought back to unit norm.
         Of a batch top-k the averaged weights have the threshold that was measured for them (see `WeightAverage`).
         """
-        named, weights = dict(self.coder.named_parameters()), {}
+        trained = self._plain()
+        named, weights = dict(trained.named_parameters()), {}
         if self.average is not None and self.average.steps:
             weights = {name: nn.Parameter(value) for name, value in self.average.weights().items()}
             for name, weight in weights.items():
@@ -347,7 +390,7 @@ class Trainer:
         ):  # folding the scale of an autoencoder's rows leaves its matrices as they are
             weights = {name: named[name] for name in ("W_enc", "W_dec")}
         # What is not replaced is copied.
-        coder = copy.deepcopy(self.coder, {id(named[name]): weight for name, weight in weights.items()})
+        coder = copy.deepcopy(trained, {id(named[name]): weight for name, weight in weights.items()})
         if self.average is not None and self.average.steps:
             coder.load_state_dict(self.average.thresholds, strict=False)
         coder.sparse_grad = False

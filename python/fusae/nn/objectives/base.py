@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ... import _checks, _fields
 from ...codes import SparseCodes
-from ...ops import decode, decode_loss
 from ..sums import total
 
 if TYPE_CHECKING:
@@ -157,7 +156,7 @@ def decode_together(coder: SparseCoder, parts: Sequence[SparseCodes]) -> list[Te
     values = torch.cat([part.values.reshape(-1) for part in parts])
     indices = torch.cat([part.indices.reshape(-1) for part in parts])
     joined = SparseCodes(values, indices, parts[0].m, torch.cat(offsets))
-    return list(decode(joined, coder.W_dec, sparse_grad=coder.sparse_grad).split(n))
+    return list(coder.decode_rows(joined).split(n))
 
 
 class Fit(NamedTuple):
@@ -190,9 +189,7 @@ def fit(
 ) -> Fit:
     """`fusae.decode_loss` of a coder's codes, per row and divided by `variance`; see there for the last three."""
     wanted = target - F.linear(x, coder.W_skip) if coder.config.skip else target
-    out = decode_loss(
-        codes, coder.W_dec, coder.b_dec, wanted, prefixes, weights, nested=nested, sparse_grad=coder.sparse_grad
-    )
+    out = coder.decode_loss(codes, wanted, prefixes, weights, nested)
     scale = 1 / (len(target) * variance)
     mse = (out.sse * scale).detach()
     return Fit(out.loss * scale, mse, out.sse[-1], out.residual, target.detach() - out.residual.to(target.dtype))

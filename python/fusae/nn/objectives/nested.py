@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ... import _checks, _fields
 from ...codes import SparseCodes
-from ...ops import decode
 from .base import CoderLoss, Moment, aux_loss, fit, rows, variance_of, wants
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def _nested_loss(
     found = fit(coder, codes, x, target, variance_of(target, moment.variance), prefixes, weights, nested)
     loss, aux = found.loss, None
     if aux_codes is not None:
-        extra = decode(aux_codes, coder.W_dec, sparse_grad=coder.sparse_grad)
+        extra = coder.decode_rows(aux_codes)
         error = -found.residual.to(_checks.accumulator(found.residual.dtype))
         aux = aux_loss(error, extra, moment.dead)
         loss, aux = loss + aux_coefficient * aux, aux.detach()
