@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import _fields
@@ -60,13 +61,16 @@ class Hook:
         self._edits = Edits()
         self._last: Last | None = None
         self._calls: list[Call] = []  # the model's calls that are under way, the innermost last
+        self._finished = Call()
         self._names = parameter_names(model)
+        if self.part == "input":
+            handle = self.module.register_forward_pre_hook(self._before, with_kwargs=True)
+        else:
+            handle = self.module.register_forward_hook(self._after, with_kwargs=True)
         self._handles = [
+            handle,
             model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
-            model.register_forward_hook(self._leave, always_call=True),
-            self.module.register_forward_pre_hook(self._before, with_kwargs=True)
-            if self.part == "input"
-            else self.module.register_forward_hook(self._after, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),  # last: the module may be the model
         ]
         for held in self._held():
             site.mark(held, 1)
@@ -196,7 +200,7 @@ class Hook:
 
     def _leave(self, *_: Any) -> None:
         if self._calls:
-            self._calls.pop()
+            self._finished = self._calls.pop()
 
     def _before(self, _module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         x = self._hidden(site.input_of(args, kwargs), self.coder.config.d, "input")
@@ -227,8 +231,11 @@ class Hook:
         return hidden
 
     def _run(self, x: Tensor, y: Tensor) -> Tensor:
-        call = self._calls[-1] if self._calls else Call()
-        out, self._last = forward(self, x, y, call, self._edits)
+        if (
+            not self._calls and torch._C._current_graph_task_id() != -1
+        ):  # a checkpoint is computed again for its backward
+            return forward(self, x, y, self._finished, self._edits)[0]
+        out, self._last = forward(self, x, y, self._calls[-1] if self._calls else Call(), self._edits)
         return out
 
 
@@ -243,7 +250,7 @@ def _checked(coder: Any) -> SparseCoder:
         raise TypeError(f"coder must be a fusae.nn.SparseCoder, got {type(coder).__name__}{hint}")
     if coder.config.sites is not None:
         raise ValueError(
-            f"coder: a crosscoder's rows are joined from {len(coder.config.sites)} modules, a hook is for one; call its "
-            "encode and decode in hooks of your own"
+            f"coder: a crosscoder's rows are joined from {len(coder.config.sites)} modules, a hook is for one; call "
+            "its encode and decode in hooks of your own"
         )
     return coder

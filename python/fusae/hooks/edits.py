@@ -70,10 +70,10 @@ class Edit:
             new = new * options["scale"]
         if "add" in options:
             new = new + options["add"]
-        for name, bound in (("low", torch.maximum), ("high", torch.minimum)):
-            if name in options:
-                limit = options[name]
-                new = bound(new, limit if isinstance(limit, Tensor) else torch.full_like(new, limit))
+        if "low" in options:
+            new = new.clamp(min=options["low"])
+        if "high" in options:
+            new = new.clamp(max=options["high"])
         return new
 
     def of_columns(self, old: Tensor, rows: Tensor | None, which: Tensor, lead: torch.Size) -> Tensor:

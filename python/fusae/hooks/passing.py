@@ -41,7 +41,7 @@ class Last:
 
 
 def forward(hook: Hook, x: Tensor, y: Tensor, call: Call, edits: Edits) -> tuple[Tensor, Last]:
-    """Encode x ``[..., d]``: what the model goes on with instead of y (y itself where nothing changed), and the rest."""
+    """Encode x ``[..., d]``: what the model goes on with instead of y (y itself if nothing changed), and the rest."""
     coder, config = hook.coder, hook.coder.config
     if coder.training and config.select == "batch_topk":
         raise ValueError("coder is in training mode, where a batch top-k depends on the batch; call coder.eval()")
