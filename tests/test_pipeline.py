@@ -387,7 +387,15 @@ def test_dictionaries_of_every_kind_are_measured(data, tmp_path, no_figures, fie
     assert 0 < evaluation["fvu"] < 2 and evaluation["l0"] > 0
     assert evaluation["l0"] == pytest.approx(sum(evaluation["density"]), rel=1e-6)
     assert evaluation["loss"]["tokens"] > 0 and evaluation["kl"]["patched"] > 0
-    assert len(read(tmp_path / "run", "features.json")) == 3
+    features = read(tmp_path / "run", "features.json")
+    assert len(features) == 3
+    for feature in features:
+        if layers == 1:
+            assert "layer" not in feature and feature["nearest"]
+            continue
+        layer = feature["layer"]
+        assert layer["index"] * TRAIN.m + layer["latent"] == feature["latent"] and layer["latent"] < TRAIN.m
+        assert layer["module"] == f"model.layers.{layer['index']}.mlp:in" and "nearest" not in feature
 
 
 def held_out_rows(config):

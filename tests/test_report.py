@@ -108,6 +108,19 @@ def test_the_activation_histogram(source):
     assert '<a href="#latent-41">41</a>' in source and 'href="#latent-9"' not in source
 
 
+def test_latents_of_layers_are_named_by_their_layer(tmp_path, source):
+    assert "its latent" not in source
+    files = contents()
+    files["features.json"][1]["layer"] = {"index": 2, "module": "model.layers.7.mlp:in <b>", "latent": 9}
+    text = write_report(write_run(tmp_path / "run", files)).read_text(encoding="utf-8")
+    latent = text[text.index('id="latent-41"') :]
+    assert "<span>layer 2</span> model.layers.7.mlp:in &lt;b&gt; <small>its latent 9</small>" in latent
+    assert text.count("its latent") == 1
+    files["features.json"][1]["layer"] = {"index": 2, "latent": 9}
+    with pytest.raises(RunDirError, match=r"features.json: field '\[1\].layer.module' is missing"):
+        write_report(write_run(tmp_path / "other", files))
+
+
 def test_two_hundred_latents_stay_small(tmp_path):
     files = contents()
     one = files["features.json"][0]

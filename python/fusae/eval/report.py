@@ -327,6 +327,7 @@ def _latent(feature: dict[str, Any]) -> dict[str, Any]:
     ]
     return {
         "index": feature["latent"],
+        "layer": feature.get("layer"),
         "density": feature["density"],
         "max": top,
         "passages": passages,

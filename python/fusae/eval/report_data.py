@@ -66,6 +66,7 @@ FEATURES = [
         "promoted?": [TEXT],
         "suppressed?": [TEXT],
         "nearest?": [{"latent": COUNT, "cosine": NUMBER}],
+        "layer?": {"index": COUNT, "module": TEXT, "latent": COUNT},
         "histogram?": {"width": NUMBER, "counts": [COUNT]},
         "passages": [{"tokens": [TEXT], "values": [NUMBER], "peak": COUNT}],
     }

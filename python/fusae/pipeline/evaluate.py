@@ -133,7 +133,11 @@ def features(
     seed: int = 0,
     show: bool = True,
 ) -> list[dict[str, Any]]:
-    """What features.json holds: `config.features` latents, spread over the densities of those that fire."""
+    """What features.json holds: `config.features` latents, spread over the densities of those that fire.
+
+    Latents of a cross-layer transcoder are counted through all layers; each has its ``layer`` as well: ``index`` (from
+    0), ``module`` (the site that is the layer's input) and ``latent`` (its number in the layer).
+    """
     latents = choose_latents(density, config.features, seed=seed) if config.features else []
     layered = isinstance(coder, CrossLayerTranscoder)
     effects = None
@@ -155,7 +159,11 @@ def features(
     )
     for feature in found:
         feature["density"] = density[feature["latent"]]  # as everywhere in the report: the share of held-out tokens
-    if not layered:  # whose latents write to different layers
+    if layered:
+        for feature in found:
+            layer, latent = divmod(feature["latent"], coder.config.m)
+            feature["layer"] = {"index": layer, "module": config.sites[layer], "latent": latent}
+    else:  # latents of layers write to different ones: their decoder rows are not alike
         for feature, nearest in zip(found, nearest_latents(W_dec, latents), strict=True):
             feature["nearest"] = nearest
     return found
