@@ -56,7 +56,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "transcoder": (MLP, {"preset": "transcoder"}),
     "skip transcoder": (MLP, {"preset": "skip-transcoder"}),
     "crosscoder": (LAYERS, {"preset": "crosscoder"}),
-    # m latents in each of three layers, 3 k of them active in all. Decoder rows are free and start at 0, as a transcoder's.
+    # m latents in each of three layers, 3 k of them active in all. As a transcoder's, decoder rows are free and from 0.
     "cross-layer transcoder": (
         MLPS,
         {"form": "batch_topk", "architecture": "cross_layer", "unit_decoder": False, "decoder_scale": 0.0},

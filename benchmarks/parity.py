@@ -188,6 +188,7 @@ def main(
     k: Annotated[int | None, typer.Option(help="active latents; default: of the data set")] = None,
     steps: Annotated[int | None, typer.Option(help="steps; warm-up and decay keep their share")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: of the data set")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="weight of a sparsity term; default: of the recipe")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64 (slow; shows what is rounding)")] = "float32",
     threads: Annotated[int, typer.Option(help="of torch", min=1)] = 1,
     out: Annotated[Path | None, typer.Option(help="results file to add to; with --report: to read")] = None,
@@ -221,7 +222,7 @@ def main(
     factor = 1.0 if loaded.truth is not None else chosen.scale(loaded.train)
     wide = getattr(torch, dtype)
     loaded = Data(loaded.train.to(wide) * factor, loaded.held_out.to(wide) * factor, loaded.truth)
-    settings = _settings(PRESETS[data], chosen, loaded, m=m, k=k, steps=steps, lr=lr, dtype=dtype)
+    settings = _settings(PRESETS[data], chosen, loaded, m=m, k=k, steps=steps, lr=lr, sparsity=sparsity, dtype=dtype)
     where = environment(command=f"python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     for seed in range(first_seed, first_seed + seeds):
         measured = compare(chosen, loaded, settings, seed)
@@ -244,10 +245,9 @@ def _settings(preset: Settings, recipe: Recipe, data: Data, **given: Any) -> Set
         preset,
         d=data.train.shape[1],
         aux=recipe.aux,
-        **recipe.fields,
         warmup_steps=max(1, round(preset.warmup_steps * share)),
         decay_start=round(preset.decay_start * share),
-        **given,
+        **{**recipe.fields, **given},
     )
 
 
