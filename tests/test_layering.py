@@ -55,7 +55,8 @@ RULES = [
     ("pipeline/", (*TOOLS, "fusae.pipeline")),
     ("plan/", (*TOOLS, "fusae.pipeline", "fusae.plan")),
     ("demo/", (*TOOLS, "fusae.pipeline", "fusae.demo", "fusae.testing")),
-    ("cli.py", (*TOOLS, "fusae.pipeline", "fusae.plan", "fusae.demo", "fusae.cli")),
+    ("bench/", (*PUBLIC, "fusae.testing", "fusae.bench")),
+    ("cli.py", (*TOOLS, "fusae.bench", "fusae.pipeline", "fusae.plan", "fusae.demo", "fusae.cli")),
     ("__main__.py", ("fusae.cli", "fusae.info")),
 ]
 ENVIRONMENT = {"FUSAE_BACKEND", "FUSAE_CPU_ISA", "FUSAE_AUTOTUNE"}

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import BackendError
+from .bench.command import bench
 from .demo.command import demo
 from .formats.command import convert
 from .pipeline.command import evaluate, train, with_fields
@@ -77,6 +78,7 @@ app.command(
 app.command("sweep", help=sweep.__doc__)(sweep)
 app.command("plan", help=plan.__doc__)(plan)
 app.command("eval", help=evaluate.__doc__)(evaluate)
+app.command("bench", help=bench.__doc__)(bench)
 app.command("demo")(demo)
 app.command("convert")(convert)
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -80,9 +78,3 @@ PLAIN: dict[str, dict[str, Function]] = {
     "decode_loss_prefixes": {"dense matmuls": dense_losses},
     "codes_from_dense": {"torch nonzero": nonzero},
 }
-
-
-def compiled(function: Function) -> Any:
-    """``torch.compile`` of a function; each builder starts from an empty cache, for the shape at hand."""
-    torch._dynamo.reset()
-    return torch.compile(function, dynamic=False)

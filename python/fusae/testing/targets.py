@@ -30,6 +30,15 @@ class Target:
         return torch.device("cuda" if on_gpu else "cpu")
 
     @property
+    def checks_codes(self) -> bool:
+        """Whether codes that name no latent, or count more entries than they store, raise an IndexError.
+
+        They do on the CPU. On a GPU a look would stall the stream: such a latent makes the row of its reconstruction
+        NaN, and entries beyond the storage are left out; neither reads memory that is not the dictionary's.
+        """
+        return self.device.type == "cpu"
+
+    @property
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs it, on the CPU: right, but thousands of times slower than a GPU."""
         return self.backend == "triton" and _dispatch.by_name_only("triton") is not None
