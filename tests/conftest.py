@@ -43,6 +43,18 @@ def rows(small_probes):
     return bench.measure("train_step", **shape, rounds=2, warmup=0, memory=False, command="made by a test").rows
 
 
+@pytest.fixture
+def on_the_targets_device(request, monkeypatch):
+    """What a test makes lies where its `target` runs: its tensors, and the generators of its numbers."""
+    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
+    if target is None or target.device.type == "cpu":
+        yield
+        return
+    monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, target.device))
+    with target.device:
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fixed_start():
     torch.manual_seed(0)

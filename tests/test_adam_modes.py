@@ -16,6 +16,7 @@ from fusae.train import TrainConfig, Trainer
 
 TARGETS = targets("adam_rows_")
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+pytestmark = pytest.mark.usefixtures("on_the_targets_device")
 F32, BF16, FP16, U8 = torch.float32, torch.bfloat16, torch.float16, torch.uint8
 SETTINGS = [
     (dtype, kind, lazy, unit, master)

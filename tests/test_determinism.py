@@ -16,6 +16,7 @@ TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "
                   "decode_loss_fwd", "decode_loss_bwd", "codes_from_dense_fwd", "codes_from_dense_bwd",
                   "encode_threshold_fwd", "encode_threshold_bwd", "encode_batch_topk_fwd")  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+pytestmark = pytest.mark.usefixtures("on_the_targets_device")
 N, D, M, K = 301, 33, 3001, 19
 
 

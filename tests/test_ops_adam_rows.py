@@ -8,6 +8,7 @@ import fusae
 from fusae.testing import assert_equal, assert_within_budget, targets
 
 each_target = pytest.mark.parametrize("target", targets("adam_rows_"), ids=str)
+pytestmark = pytest.mark.usefixtures("on_the_targets_device")
 STEPS = 30
 
 

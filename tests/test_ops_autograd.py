@@ -10,6 +10,7 @@ from fusae.testing import assert_equal, targets
 TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd",
                   "encode_threshold_fwd", "encode_batch_topk_fwd")  # fmt: skip
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+pytestmark = pytest.mark.usefixtures("on_the_targets_device")
 
 
 def _weights(n=9, d=8, m=40, dtype=torch.float32):

@@ -11,6 +11,7 @@ from fusae.testing import assert_equal, targets
 
 TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd")
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
+pytestmark = pytest.mark.usefixtures("on_the_targets_device")
 few = settings(
     max_examples=15, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

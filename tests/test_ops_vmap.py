@@ -11,7 +11,10 @@ from fusae.testing import assert_equal, targets
 
 TARGETS = targets("encode_topk_fwd", "encode_bwd", "decode_fwd", "decode_bwd", "topk_fwd", "topk_bwd")
 each_target = pytest.mark.parametrize("target", TARGETS, ids=str)
-pytestmark = pytest.mark.filterwarnings("error:There is a performance drop")
+pytestmark = [
+    pytest.mark.filterwarnings("error:There is a performance drop"),
+    pytest.mark.usefixtures("on_the_targets_device"),
+]
 B, N, D, M, K = 3, 5, 8, 40, 4
 
 
