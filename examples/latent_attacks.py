@@ -84,8 +84,10 @@ def recipe(setup: Setup, config: Config) -> Outcome:
     weaker = all(high < 0 for _, _, high in gaps.values())
     verdict = (
         f"Flipped at budget {middle:g}, less those of the attack on activations: {told}. "
-        f"{'The baseline wins: an attack on activations is stronger than any through latents.' if weaker else ''}"
-    ).strip()
+        f"{'The baseline wins: an attack on activations is stronger than any through latents. ' if weaker else ''}"
+        f"Active latents flip {flips['active latents', middle].mean():.2f}, a random subspace of as many dimensions "
+        f"{flips['random subspace of k dimensions', middle].mean():.2f}."
+    )
     loss = torch.nn.functional.cross_entropy(clean, predicted).item()
     title = f"{len(ids)} passages, {config.steps} steps; loss of the prediction without an attack: {loss:.2f}"
     columns = ["what is changed", "budget", "predictions flipped", "loss", "norm used", "entries changed"]

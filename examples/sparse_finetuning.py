@@ -161,7 +161,7 @@ def tune_latents(setup: Setup, task: Task, count: int, scale: float) -> float:
     latents = (setup.coder.W_dec @ gradient).abs().topk(count).indices
     offsets = torch.zeros(count, requires_grad=True)
 
-    def applied() -> fusae.hooks.attached.Hook:
+    def applied() -> contextlib.AbstractContextManager:
         return fusae.hook(setup.model, setup.module, setup.coder, mode="error").edit(latents, add=scale * offsets)
 
     return task.tune(applied, [offsets], 0.03)
