@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..ops import decode_loss, encode_threshold, encode_topk
+from ..ops import decode_loss, encode_batch_topk, encode_threshold, encode_topk
 from ..optim import Adam
 from .bench_inputs import Call, Inputs, over
 
@@ -72,6 +72,36 @@ def matryoshka_fusae(inputs: Inputs, k: int, backend: str) -> Call:
     def loss_of(x: Tensor) -> Tensor:
         codes = encode_topk(x - b_dec, W_enc, b_enc, k, backend=backend, sparse_grad=True)
         return decode_loss(codes, W_dec, b_dec, x, prefixes, sparse_grad=True, backend=backend).loss / len(x)
+
+    return train_step(inputs, loss_of, optimizer)
+
+
+def matryoshka_batch_fusae(inputs: Inputs, k: int, backend: str) -> Call:
+    """`matryoshka_fusae` with the n·k largest of the batch, as the form is published (arXiv:2503.17547)."""
+    leaves = leaves_of(inputs)
+    optimizer = Adam(leaves, lr=LR, backend=backend)
+    prime(optimizer)
+    W_enc, b_enc, W_dec, b_dec = leaves
+    prefixes = prefixes_of(len(W_dec))
+
+    def loss_of(x: Tensor) -> Tensor:
+        codes, _ = encode_batch_topk(x - b_dec, W_enc, b_enc, k, backend=backend, sparse_grad=True)
+        return decode_loss(codes, W_dec, b_dec, x, prefixes, sparse_grad=True, backend=backend).loss / len(x)
+
+    return train_step(inputs, loss_of, optimizer)
+
+
+def matryoshka_batch_torch(inputs: Inputs, k: int, backend: str) -> Call:
+    leaves = leaves_of(inputs)
+    optimizer = torch.optim.Adam(leaves, lr=LR, fused=True)
+    prime(optimizer)
+    W_enc, b_enc, W_dec, b_dec = leaves
+
+    def loss_of(x: Tensor) -> Tensor:
+        pre = F.linear(x, W_enc, b_enc - W_enc @ b_dec).relu()
+        values, places = pre.flatten().topk(len(x) * k)
+        dense = torch.zeros_like(pre).flatten().scatter(0, places, values).view_as(pre)
+        return sum(squared_error(dense[:, :p] @ W_dec[:p] + b_dec, x) for p in prefixes_of(len(W_dec)))
 
     return train_step(inputs, loss_of, optimizer)
 

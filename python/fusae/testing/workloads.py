@@ -48,6 +48,8 @@ from .bench_steps import (  # noqa: F401
     jumprelu_fusae,
     jumprelu_torch,
     leaves_of,
+    matryoshka_batch_fusae,
+    matryoshka_batch_torch,
     matryoshka_fusae,
     matryoshka_torch,
     prime,
@@ -218,6 +220,11 @@ CONTENDERS: dict[str, dict[str, Build]] = {
         "torch embedding_bag": train_torch(forward_bag),
     },
     "matryoshka_step": {"top-k step": _train_ops, "fusae": matryoshka_fusae, "plain torch": matryoshka_torch},
+    "matryoshka_batch_step": {
+        "top-k step": _train_ops,
+        "fusae": matryoshka_batch_fusae,
+        "plain torch": matryoshka_batch_torch,
+    },
     "jumprelu_step": {"plain torch": jumprelu_torch, "fusae": jumprelu_fusae},
     **FORMS,
 }
@@ -245,6 +252,7 @@ RAW = {
     "decode_loss_prefixes": _LOSS,
     "codes_from_dense": ("codes_from_dense_fwd",),
     "matryoshka_step": (*_GRADIENTS, *_LOSS, "adam_rows_"),
+    "matryoshka_batch_step": ("encode_batch_topk_fwd", *_GRADIENTS, *_LOSS, "adam_rows_"),
     "jumprelu_step": ("encode_threshold_fwd", "encode_threshold_bwd", "encode_bwd", *_LOSS, "adam_rows_"),
     "backward": _GRADIENTS,
     **{op: ("adam_rows_",) for op in ADAM},
