@@ -50,7 +50,13 @@ def on_the_targets_device(request, monkeypatch):
     if target is None or target.device.type == "cpu":
         yield
         return
-    monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, target.device))
+    original = torch.Generator
+
+    class Generator:  # a class, since torch writes `torch.Generator | None`
+        def __new__(cls):
+            return original(target.device)
+
+    monkeypatch.setattr(torch, "Generator", Generator)
     with target.device:
         yield
 

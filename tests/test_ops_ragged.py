@@ -235,7 +235,8 @@ def test_nothing_positive_has_no_smallest_score():
 
 @each_target
 def test_a_batch_of_one_row_is_a_top_k(target):
-    x, W, b = torch.randn(1, 8), torch.randn(400, 8), torch.randn(400)
+    # Integers: on a GPU the two may take their products from two GEMMs.
+    x, W, b = (torch.randint(-9, 10, shape).float() for shape in ((1, 8), (400, 8), (400,)))
     with target.active():
         batch, smallest = fusae.encode_batch_topk(x, W, b, 20, "none")
         top = fusae.encode_topk(x, W, b, 20, "none")
@@ -256,7 +257,7 @@ def test_the_threshold_of_a_batch_selects_it_again(target):
 
 @each_target
 def test_groups_of_one_keep_everything_and_one_group_is_a_top_1(target):
-    x, W, b = torch.randn(9, 8), torch.randn(40, 8), torch.randn(40)
+    x, W, b = (torch.randint(-9, 10, shape).float() for shape in ((9, 8), (40, 8), (40,)))
     with target.active():
         one = fusae.encode_topk(x, W, b, 1, select="group_max")
         assert_equal(one.indices, fusae.encode_topk(x, W, b, 1).indices)

@@ -142,8 +142,9 @@ def test_many_steps_stay_beside_torch():
 )
 def test_modes_without_a_kernel_are_declined(change, reason):
     given = {name: torch.zeros(6, 5) for name in ("param", "exp_avg", "exp_avg_sq")} | change
-    grad = torch.zeros(6, 5, dtype=given["param"].dtype)
+    given = {name: v.to(TRITON.device) if torch.is_tensor(v) else v for name, v in given.items()}
+    grad = torch.zeros_like(given["param"])
     if "last_step" in change:
-        grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.zeros(1, 5), (6, 5), is_coalesced=True)
+        grad = torch.sparse_coo_tensor([[1]], grad[:1], (6, 5), is_coalesced=True)
     with pytest.raises(fusae.BackendError, match=reason):
         fusae.adam_rows_(grad=grad, lr=1e-3, step=1, backend="triton", **given)
