@@ -265,6 +265,31 @@ def test_a_step_with_sparse_gradients_is_one_with_dense_gradients(kind, unit):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@few
+@given(seed=seeds)
+def test_what_is_projected_is_across_the_rows_and_stays_as_it_is(sparse, seed):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.nn.functional.normalize(torch.randn(6, 5, generator=generator, dtype=torch.float64), dim=1)
+    grad = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    across = grad - (grad * rows).sum(1, keepdim=True) * rows
+
+    def moments(grad, project=True):
+        rows_now = rows.clone().requires_grad_()
+        rows_now.grad = grad.to_sparse(1) if sparse else grad.clone()
+        optimizer = Adam([{"params": [rows_now], "project": project, "renormalise": project}], lr=0.1)
+        optimizer.step()
+        return optimizer.state[rows_now]["exp_avg"] / 0.1, rows_now.detach()
+
+    (once, moved), (twice, same), (plain, _) = moments(grad), moments(across), moments(across, project=False)
+    torch.testing.assert_close((once * rows).sum(1), torch.zeros(6, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(once, plain)
+    torch.testing.assert_close(twice, once)
+    torch.testing.assert_close(same, moved)
+    along, still = moments(3.0 * rows)
+    assert along.abs().max() < 1e-14 and (still - rows).abs().max() < 1e-6
+
+
 @of_kinds
 @few
 @given(seed=seeds)
