@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..nn import CrossLayerTranscoder, SparseCoder, load
-from ..train import Trainer, checkpoint
+from ..train import Trainer, checkpoint, shards
 
 
 def load_coder(
@@ -37,15 +37,22 @@ def load_coder(
             )
         return load(run / "coder", device).eval(), None
     with tempfile.TemporaryDirectory(prefix="fusae-") as scratch:
-        # The same file even where the run replaces or removes it meanwhile.
-        try:
-            os.link(path, Path(scratch) / checkpoint.NAME)
-        except OSError:  # another file system
-            shutil.copyfile(path, Path(scratch) / checkpoint.NAME)
+        # The same files even where the run replaces or removes them meanwhile.
+        _keep(path, Path(scratch) / checkpoint.NAME)
         about = checkpoint.read_about(Path(scratch) / checkpoint.NAME)
+        for name in shards.files_of(about):
+            _keep(run / shards.FOLDER / name, Path(scratch) / shards.FOLDER / name)
         given = {"device": str(device), "tensorboard": False}
         trainer = Trainer(given, _NoRows(about["config"].d), scratch, resume=True, show=False)
     return trainer.export().eval(), trainer.step
+
+
+def _keep(path: Path, copy: Path) -> None:
+    copy.parent.mkdir(exist_ok=True)
+    try:
+        os.link(path, copy)
+    except OSError:  # another file system
+        shutil.copyfile(path, copy)
 
 
 class _NoRows:

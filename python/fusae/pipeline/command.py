@@ -101,6 +101,13 @@ def train(
         raise type(error)(f"{file}: {error}" if file else str(error)) from error
     if rows is not None:
         return _train_rows(chosen, rows, eval_rows, out, False, overwrite, quiet)
+    from ..train import sharded
+
+    if sharded.is_launched():
+        raise ValueError(
+            "torchrun: a run from a text takes one process; collect its activations first (fusae.data.collect) and "
+            "give --data with their folder, or start one process"
+        )
     if eval_rows is not None:
         raise ValueError("eval_data goes with rows to train on (data); a run from text measures on held-out documents")
     pipeline = Pipeline(chosen, wanted, out, resume=resume is not None, overwrite=overwrite, show=not quiet)
@@ -121,7 +128,7 @@ def _train_rows(
     config: Any, rows: str, eval_rows: str | None, out: str | Path, resume: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Training alone, and the reconstruction of other rows where there are any."""
-    from ..train import Trainer, open_data
+    from ..train import Trainer, open_data, sharded
 
     if resume and eval_rows is None:
         eval_rows = _path_in(Path(out), "pipeline", "eval_data")
@@ -130,12 +137,26 @@ def _train_rows(
     source = open_data(rows)
     if held is not None and held.shape[1] != source.shape[1]:
         raise ValueError(f"eval_data must have the width of data, {source.shape[1]}, got {held.shape[1]}")
-    trainer = Trainer(config, source, out, resume=resume, overwrite=overwrite, show=not quiet, about=about)
-    trainer.run()
+    if sharded.restarts() and sharded.is_finished(Path(out)):  # the rank that was lost had nothing more to do
+        return
+    kind = sharded.ShardedTrainer if sharded.is_launched() else Trainer
+    try:
+        trainer = kind(config, source, out, resume=resume, overwrite=overwrite, show=not quiet, about=about)
+        trainer.run()
+    except sharded.RankLost as error:
+        raise sharded_error(error, out) from error
+    trainer.close()
     if not trainer.finished:
         raise typer.Exit(130)
-    if held is not None:
+    if held is not None and sharded.is_first():
         _evaluate_rows(Path(out), held, not quiet)
+
+
+def sharded_error(error: Exception, out: str | Path) -> Exception:
+    """What the command says where another process was lost."""
+    from .errors import PipelineError
+
+    return PipelineError(f"{error}. To go on: the same command with --resume {out} (torchrun --max-restarts does so)")
 
 
 def open_rows(name: str, path: str) -> Any:

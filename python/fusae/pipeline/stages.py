@@ -26,7 +26,7 @@ from ..eval import write_features, write_report
 from ..formats.native import read_json, write_json
 from ..info import versions
 from ..nn import SparseCoder, load
-from ..train import TrainConfig, Trainer, checkpoint
+from ..train import TrainConfig, Trainer, checkpoint, shards
 from ..train.run_dir import CONFIG, METRICS, locked, merge
 from ..train.setup import device_of
 from . import evaluate
@@ -38,7 +38,7 @@ from .live import LiveRows
 SETTINGS = "pipeline.json"
 EVAL, FEATURES, REPORT = "eval.json", "features.json", "report.html"
 CODER = ("coder/coder.json", "coder/coder.safetensors")
-TRAINING = (CONFIG, METRICS, checkpoint.NAME, "coder", "tensorboard")
+TRAINING = (CONFIG, METRICS, checkpoint.NAME, shards.FOLDER, "coder", "tensorboard")
 _NEEDED = ("transformers", "tokenizers", "jinja2", "matplotlib")
 
 

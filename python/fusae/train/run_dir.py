@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..formats.native import remove_scratch, replacing, write_json
 from ..info import versions
-from . import checkpoint
+from . import checkpoint, shards
 from .config import TrainConfig, expanded
 from .metrics import EVENTS, METRICS
 from .rows import describe
@@ -110,6 +110,8 @@ def _start_files(trainer: Trainer, new: bool) -> None:
     run_dir, step = trainer.run_dir, trainer.step
     for name in _FILES:
         remove_scratch(run_dir / name)
+    path = run_dir / checkpoint.NAME  # of its shards, those of a save that was cut short go
+    shards.remove_others(path, [] if new else shards.files_of(checkpoint.read_about(path)))
     if new:
         for name in _FILES:
             (run_dir / name).unlink(missing_ok=True)

@@ -147,6 +147,9 @@ class Trainer:
     def _save_coder(self) -> None:
         self.export().save(self.run_dir / CODER)
 
+    def close(self) -> None:
+        """Take leave of other processes that train the coder; of use to `fusae.train.sharded`."""
+
     def _plain(self) -> SparseCoder | CrossLayerTranscoder:
         """The coder in training, of the class that is saved."""
         return self.coder

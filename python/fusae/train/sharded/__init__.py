@@ -2,7 +2,9 @@
 """One coder trained by many processes: latents shared among some of them, rows of a batch among the others."""
 
 from .coder import ShardedCoder
-from .mesh import Mesh, RankLost, is_first, is_launched
-from .trainer import ShardedTrainer
+from .mesh import Mesh, RankLost, is_first, is_launched, restarts
+from .trainer import ShardedTrainer, is_finished
 
-__all__ = ["Mesh", "RankLost", "ShardedCoder", "ShardedTrainer", "is_first", "is_launched"]
+__all__ = [
+    "Mesh", "RankLost", "ShardedCoder", "ShardedTrainer", "is_finished", "is_first", "is_launched", "restarts",
+]  # fmt: skip

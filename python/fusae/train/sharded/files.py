@@ -78,17 +78,17 @@ def save_checkpoint(trainer: ShardedTrainer, path: Path) -> None:
     together(mesh, write_rest)
 
 
-def save_coder(coder: SparseCoder, mesh: Mesh, part: shards.Part, k: int, folder: Path) -> None:
+def save_coder(coder: SparseCoder, mesh: Mesh, part: shards.Part, fields: dict[str, int], folder: Path) -> None:
     """Write what ``SparseCoder.save`` writes of a coder of all latents, in pieces: no rank ever holds all of them.
 
     Args:
         coder: of this rank's latents.
-        k: of the whole.
+        fields: of the configuration of the whole, where they differ from those of a part.
 
     Raises:
         OSError: on all ranks, where the first one could not write; nothing of it stays.
     """
-    config = coder.config.to_dict() | {"m": part.m, "k": k}
+    config = coder.config.to_dict() | {"m": part.m, **fields}
     own = {**dict(coder.named_parameters()), **dict(coder.named_buffers())}
     names = [*coder.config.parameters(), *coder.config.buffers()]
     own = {name: own[name].detach() for name in names}

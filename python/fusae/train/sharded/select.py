@@ -78,7 +78,7 @@ def keep_batch(
             last = torch.cat(mesh.gather_rows(key, "all", sizes)).sort().values[wanted - 1]
             ties = ties.index_put((ties.nonzero()[:, 0],), key <= last)
         keep = keep | ties
-    positive = torch.where((every > 0) & ~(every < least), every, torch.inf)
+    positive = torch.where((every > 0) & (_above(every, least) | _equal(every, least)), every, torch.inf)
     smallest = torch.cat([positive, positive.new_full((1,), torch.inf)]).min()
     counts = torch.bincount(row[keep], minlength=len(codes))
     offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -137,8 +138,6 @@ class ShardedTrainer(Trainer):
         def start() -> None:
             files.remove_scratch_of(path)
             start_files(self, new)
-            # What a save left that was cut short.
-            shards.remove_others(path, [] if new else shards.files_of(checkpoint.read_about(path)))
 
         self.mesh.first(start)
         if not new and self.mesh.latent_rank:  # the first one has the sum of all
@@ -239,7 +238,8 @@ class ShardedTrainer(Trainer):
         return self.coder.part()
 
     def _save_coder(self) -> None:
-        files.save_coder(self.export(), self.mesh, self.part, self.config.k, self.run_dir / CODER)
+        fields = {"k": self.config.k, "k_aux": self.config.k_aux}
+        files.save_coder(self.export(), self.mesh, self.part, fields, self.run_dir / CODER)
 
     def take(self, x: Tensor, start: float, waited: float) -> dict[str, Any] | None:
         row = super().take(x, start, waited)
@@ -252,6 +252,11 @@ class ShardedTrainer(Trainer):
     def close(self) -> None:
         """Take leave of the other ranks. A process whose run failed just ends."""
         dist.destroy_process_group()
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run in a directory has its coder, and nothing to go on with."""
+    return (run_dir / _DONE).exists() and not (run_dir / checkpoint.NAME).exists()
 
 
 class _Elsewhere(NamedTuple):
