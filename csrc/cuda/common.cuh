@@ -69,13 +69,6 @@ void launch(const char* op, Shape shape, void (*kernel)(P...), const Grid& grid,
   check(op, shape, cudaGetLastError());
 }
 
-// Bytes of shared memory that a block may ask for on the current device.
-inline int64_t shared_limit(const char* op, Shape shape) {
-  int device = 0, bytes = 0;
-  check(op, shape, cudaGetDevice(&device));
-  check(op, shape, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return bytes;
-}
 
 // --- elements ------------------------------------------------------------------------------------------------------
 
@@ -124,6 +117,10 @@ struct RawOf;
 template <>
 struct RawOf<16> {
   using type = uint4;
+};
+template <>
+struct RawOf<8> {
+  using type = uint2;
 };
 template <>
 struct RawOf<4> {
@@ -179,14 +176,29 @@ __device__ inline float warp_sum(float a) {
   return a;
 }
 
-// The sum over a block of at most 1024 threads, in every thread. `parts` is shared memory for 32 floats.
-__device__ inline float block_sum(float a, float* parts) {
+__device__ inline int warp_sum(int a) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) a += __shfl_xor_sync(FULL, a, step);
+  return a;
+}
+__device__ inline uint32_t warp_max(uint32_t a) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const uint32_t b = __shfl_xor_sync(FULL, a, step);
+    a = b > a ? b : a;
+  }
+  return a;
+}
+
+// The sum over a block of at most 1024 threads, in every thread. `parts` is shared memory for 32 numbers.
+template <class N>
+__device__ inline N block_sum(N a, N* parts) {
   a = warp_sum(a);
   const int warps = static_cast<int>(blockDim.x) / 32;
   __syncthreads();  // what another sum left in `parts` was read
   if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = a;
   __syncthreads();
-  float total = 0.0f;
+  N total = 0;
   for (int w = 0; w < warps; ++w) total += parts[w];
   return total;
 }

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(256) decode_kernel(DecodeArgs a) {
     for (int e = static_cast<int>(threadIdx.x); e < count; e += static_cast<int>(blockDim.x))
       stage_entry(stage, e, a.entries, first + e, static_cast<const T*>(a.weight), a.d);
     __syncthreads();
-    if (column < a.d) add_rows<T, V>(acc, stage, 0, count, column);
+    if (column < a.d) add_rows<T, V>(acc, stage, 0, count, static_cast<const T*>(a.weight), column);
   }
   if (column >= a.d) return;
   if (a.bias) {
@@ -30,6 +30,13 @@ __global__ void __launch_bounds__(256) decode_kernel(DecodeArgs a) {
 }
 
 }  // namespace
+
+int64_t shared_limit() {
+  int device = 0, bytes = 0;
+  check("shared memory", {}, cudaGetDevice(&device));
+  check("shared memory", {}, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
 
 void decode(const DecodeArgs& a, Stream stream) {
   const Shape shape = {{"n", a.entries.codes.n}, {"d", a.d}, {"m", a.entries.m}, {"entries", a.entries.storage}};

@@ -26,6 +26,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 #define FUSAE_DYNAMIC_SHARED(name) unsigned char* const name = ::fusae::emulated::machine().dynamic.data()
 
 struct dim3 {
