@@ -12,7 +12,7 @@ import torch
 from .. import _dispatch
 from .cases import Case
 
-# What the Triton interpreter takes on: it needs 10 ms or so for a program of a kernel, whatever the program does.
+# What an interpreter takes on: Triton's needs 10 ms or so for a program of a kernel, whatever the program does.
 INTERPRETED_ROWS, INTERPRETED_ELEMENTS = 40, 400_000
 
 
@@ -26,7 +26,7 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        on_gpu = self.backend in ("cuda", "triton") and torch.cuda.is_available()
+        on_gpu = self.backend in ("cuda", "triton") and torch.cuda.is_available() and not self.interpreted
         return torch.device("cuda" if on_gpu else "cpu")
 
     @property
@@ -40,8 +40,9 @@ class Target:
 
     @property
     def interpreted(self) -> bool:
-        """Whether Triton's interpreter runs it, on the CPU: right, but thousands of times slower than a GPU."""
-        return self.backend == "triton" and _dispatch.by_name_only("triton") is not None
+        """Whether GPU kernels run on the CPU, by Triton's interpreter or (in tests/test_cuda_emulated.py) an emulation:
+        right, but thousands of times slower than a GPU."""
+        return self.backend in ("cuda", "triton") and _dispatch.by_name_only(self.backend) is not None
 
     def too_large(self, case: Case) -> str | None:
         """Why a case takes too long on this target, or None."""
@@ -72,14 +73,15 @@ class Target:
 
 
 def targets(*raw_ops: str, gemms: bool = False, interpreted: bool = False) -> list[Target]:
-    """Targets that have all these raw ops on this machine, in the order of dispatch.
+    """Targets that have all these raw ops on this machine (without any: that have one), in the order of dispatch.
 
     With `gemms`, each CPU instruction set twice: with its own GEMM and with torch's; Triton's `encode_topk` twice too.
     With `interpreted`, Triton's interpreter: only for inputs of a few thousand elements (`Target.too_large`).
     """
     found = []
     for backend in _dispatch.ORDER:
-        if any(_dispatch.why_not(op, backend, static=True) is not None for op in raw_ops):
+        missing = [_dispatch.why_not(op, backend, static=True) is not None for op in raw_ops or _dispatch.ops()]
+        if any(missing) if raw_ops else all(missing):
             continue
         if backend == "cpu":
             from ..backends import cpu
