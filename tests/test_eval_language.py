@@ -370,10 +370,10 @@ def test_logit_effects(make, tokenizer):
     text = [tokenizer.decode([i]) for i in range(VOCABULARY)]
     for effect, logit in zip(effects, logits, strict=True):
         order = logit.argsort(descending=True).tolist()
-        assert effect == {
-            "promoted": [text[i] for i in order[:5]],
-            "suppressed": [text[i] for i in order[: -5 - 1 : -1]],
-        }
+        for name, tokens in (("promoted", order[:5]), ("suppressed", order[: -5 - 1 : -1])):
+            assert effect[name] == [text[i] for i in tokens]
+            torch.testing.assert_close(torch.tensor(effect[f"{name}_values"]), logit[tokens])
+        assert len(effect) == 4
     others = torch.randn(40, D) + 0.5
     centred_others = others if make is llama else others - others.mean(1, keepdim=True)
     usual = (centred_others * norm.weight) @ model.lm_head.weight.T

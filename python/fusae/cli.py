@@ -48,8 +48,22 @@ def info() -> None:
 def report(
     run: Annotated[Path, typer.Argument(help="directory that `fusae train` wrote")],
     out: Annotated[Path | None, typer.Option(help="HTML file to write; default: RUN/report.html")] = None,
+    export: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(
+            metavar="FORMAT FOLDER",
+            help="instead, write the latents as 'sae-dashboard' or 'neuronpedia' reads them",
+        ),
+    ] = None,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network."""
+    if export is not None:
+        from .eval.report_export import export_run
+
+        if out is not None:
+            raise ValueError("out names the HTML file, export its own folder: give one of them")
+        print(export_run(run, *export))
+        return
     try:
         from .eval.report import write_report
     except ModuleNotFoundError as error:

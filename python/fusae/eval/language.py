@@ -234,7 +234,8 @@ def logit_effects(
             effect of these rows on that token, in standard deviations over them. Rare tokens, on which every direction
             of an early layer has a large effect, no longer fill the lists.
 
-    Returns one ``{"promoted": [top strings], "suppressed": [top strings]}`` a row, strongest first.
+    Returns one ``{"promoted": [top strings], "suppressed": [top strings]}`` a row, strongest first, with the effects
+    themselves as "promoted_values" and "suppressed_values".
 
     Equivalent to::
 
@@ -268,15 +269,12 @@ def logit_effects(
             spread = ((weight @ torch.cov(others.T, correction=0)) * weight).sum(1).clamp_min(1e-30).sqrt()
         for row in scaled(decoder_rows):  # one at a time: [r, vocabulary] may be large
             logits = (weight @ row - mean) / spread
-            high, low = (
-                logits.topk(min(top, len(logits)), largest=largest).indices.tolist() for largest in (True, False)
-            )
-            effects.append(
-                {
-                    "promoted": [token_text(tokenizer, i) for i in high],
-                    "suppressed": [token_text(tokenizer, i) for i in low],
-                }
-            )
+            effect: dict[str, list[Any]] = {}
+            for name, largest in (("promoted", True), ("suppressed", False)):
+                values, tokens = logits.topk(min(top, len(logits)), largest=largest)
+                effect[name] = [token_text(tokenizer, i) for i in tokens.tolist()]
+                effect[f"{name}_values"] = values.tolist()
+            effects.append(effect)
     return effects
 
 

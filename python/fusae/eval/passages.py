@@ -148,7 +148,8 @@ def top_passages(
             "max_value": kept[0][0] if kept else 0.0,
         }
         if effects is not None:
-            feature |= {name: list(effects[column][name]) for name in ("promoted", "suppressed")}
+            names = ("promoted", "suppressed", "promoted_values", "suppressed_values")
+            feature |= {name: list(effects[column][name]) for name in names if name in effects[column]}
         feature["passages"] = [_passage(tokenizer, chunks.row(chunk), row, before, after) for _, chunk, row in kept]
         features.append(feature)
     for feature, histogram in zip(features, histograms.result(), strict=True):

@@ -65,6 +65,8 @@ FEATURES = [
         "max_value": NUMBER,
         "promoted?": [TEXT],
         "suppressed?": [TEXT],
+        "promoted_values?": [NUMBER],
+        "suppressed_values?": [NUMBER],
         "nearest?": [{"latent": COUNT, "cosine": NUMBER}],
         "layer?": {"index": COUNT, "module": TEXT, "latent": COUNT},
         "histogram?": {"width": NUMBER, "counts": [COUNT]},

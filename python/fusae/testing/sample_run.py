@@ -28,6 +28,7 @@ def contents() -> dict:
     ]
     features = [
         {"latent": 3, "density": 0.012, "max_value": 7.25, "promoted": [" water", "bank"], "suppressed": [" the"],
+         "promoted_values": [4.5, 3.25], "suppressed_values": [-2.0],
          "nearest": [{"latent": 41, "cosine": 0.512}, {"latent": 9, "cosine": 0.25}],
          "histogram": {"width": 0.125, "counts": [0] * 20 + [9, 4, 1]}, "passages": passages},
         {"latent": 41, "density": 0.0004, "max_value": 2.0, "passages": [
