@@ -93,6 +93,7 @@ def _one_by_one(function, inputs, dims):
 @each_target
 @each_case
 def test_vmap_equals_one_call_after_the_other(target, function, inputs, dims):
+    inputs = [a.to(target.device) for a in inputs]
     with target.active():
         got, wanted = vmap(function, dims)(*inputs), _one_by_one(function, inputs, dims)
     for g, w in zip(got, zip(*wanted, strict=True), strict=False):
@@ -104,6 +105,7 @@ def test_vmap_equals_one_call_after_the_other(target, function, inputs, dims):
 @each_case
 def test_gradients_of_a_batch(target, function, inputs, dims):
     """``vmap(grad)``: one gradient for each element, for the weights too."""
+    inputs = [a.to(target.device) for a in inputs]
     floats = tuple(i for i, a in enumerate(inputs) if a.is_floating_point())
 
     def loss(*args):
@@ -126,11 +128,11 @@ def test_a_batch_of_rows_is_one_call(target, monkeypatch):
         for name in ("topk", "encode", "encode, aux", "decode", "decode, values", "decode, indices"):
             function, inputs, dims = CASES[name]
             calls.clear()
-            vmap(function, dims)(*inputs)
+            vmap(function, dims)(*(a.to(target.device) for a in inputs))
             assert len(calls) == 1, name
         (pre,) = CASES["topk"][1]
         calls.clear()
-        vmap(grad(lambda pre: fusae.topk(pre, K).values.sum()))(pre)
+        vmap(grad(lambda pre: fusae.topk(pre, K).values.sum()))(pre.to(target.device))
     assert calls == ["topk_fwd", "topk_bwd"]
 
 
