@@ -19,7 +19,8 @@ A results file is ``{"schema": 1, "runs": [run, ...]}``. A run is one recipe on 
 ``data``        "known", "known-offset" or "activations"; ``about`` in words; ``data_sha256`` of the training rows
 ``settings``    the fields of `parity_base.Settings` that the recipe uses
 ``seed``        of the initial weights and of the order of the rows
-``contenders``  {"peer" | "fusae" | "fusae Trainer": measures}
+``contenders``  {"peer" | "fusae" | "fusae Trainer" | "library, nudged": measures}; the last, with ``--twin``, is the
+                peer from initial weights that are a rounding away
 ``differences`` where the two sides are not the same, in words
 ``command``     what was run; ``device``, ``isa``, ``versions``, ``git``, ``dirty``, ``time`` as in `fusae.testing.Row`
 =============== ======================================================================================================
@@ -76,6 +77,8 @@ ABOUT = {
 }
 #: training rows that the dead fraction is counted on
 DEAD_ROWS = 32_768
+#: the library beside itself: what rounding alone makes of a run
+TWIN = "library, nudged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,13 +134,26 @@ def measure(contender: Contender, data: Data, settings: Settings, losses: list[f
     return measured
 
 
-def compare(recipe: Recipe, data: Data, settings: Settings, seed: int) -> dict[str, dict[str, Any]]:
+def nudged(start: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Weights of which half are moved to the next number of their dtype: as far away as rounding takes one."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.where(
+            torch.rand(value.shape, generator=generator) < 0.5, value.nextafter(value.new_tensor(torch.inf)), value
+        )
+        for name, value in start.items()
+    }
+
+
+def compare(recipe: Recipe, data: Data, settings: Settings, seed: int, twin: bool = False) -> dict[str, dict[str, Any]]:
     """Train all contenders of a recipe in turns, batch by batch, and measure them."""
     first = next(batches(data.train, settings, seed))
     rows = random_unit_rows_(torch.empty(settings.m, settings.d, dtype=first.dtype), seed)
     start = recipe.start(settings, rows, first)
     contenders = {"peer": recipe.peer, **recipe.own}
     contenders = {name: build(settings, start) for name, build in contenders.items()}
+    if twin:
+        contenders[TWIN] = recipe.peer(settings, nudged(start, seed))
     losses: dict[str, list[float]] = {name: [] for name in contenders}
     dead = dict.fromkeys(contenders, 0)
     for i, x in enumerate(batches(data.train, settings, seed)):
@@ -189,6 +205,7 @@ def main(
     steps: Annotated[int | None, typer.Option(help="steps; warm-up and decay keep their share")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate; default: of the data set")] = None,
     sparsity: Annotated[float | None, typer.Option(help="weight of a sparsity term; default: of the recipe")] = None,
+    twin: Annotated[bool, typer.Option("--twin", help="the library also from weights moved by a rounding")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or float64 (slow; shows what is rounding)")] = "float32",
     threads: Annotated[int, typer.Option(help="of torch", min=1)] = 1,
     out: Annotated[Path | None, typer.Option(help="results file to add to; with --report: to read")] = None,
@@ -225,7 +242,7 @@ def main(
     settings = _settings(PRESETS[data], chosen, loaded, m=m, k=k, steps=steps, lr=lr, sparsity=sparsity, dtype=dtype)
     where = environment(command=f"python benchmarks/{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}")
     for seed in range(first_seed, first_seed + seeds):
-        measured = compare(chosen, loaded, settings, seed)
+        measured = compare(chosen, loaded, settings, seed, twin)
         console.print(f"{recipe}, {data}, seed {seed}\n{_told(measured)}", markup=False, soft_wrap=True)
         if out is None:
             continue

@@ -72,7 +72,8 @@ def summary(group: list[dict[str, Any]], name: str) -> dict[str, Any]:
     fraction; ``dead_limit``: what it may be. ``loss``: the largest relative difference at each step of `LOSS_BARS`.
     ``mcc`` and ``mcc_limit``, where the truth is known: mean difference of the MCC, and what it must at least be.
     """
-    own, peer = ([run["contenders"][who] for run in group] for who in (name, "peer"))
+    runs = [run["contenders"] for run in group if name in run["contenders"]]
+    own, peer = ([run[who] for run in runs] for who in (name, "peer"))
     mean = statistics.fmean
 
     def difference(measure: str) -> tuple[float, float]:
@@ -123,7 +124,9 @@ def markdown(runs: list[dict[str, Any]], source: str) -> str:
         "it.",
         "",
         "- *fusae*: the library's recipe, step by step, on `SparseCoder` and `fusae.optim.Adam`. *fusae Trainer*: "
-        "`fusae.train.Trainer` set as near to the recipe as its configuration comes.",
+        "`fusae.train.Trainer` set as near to the recipe as its configuration comes. *library, nudged*: the library "
+        "again, from initial weights of which half are moved to the next number of their dtype; what rounding alone "
+        "makes of a run.",
         f"- Bars: FVU over the library's in [{FVU_BAR[0]}, {FVU_BAR[1]}], means over seeds; loss at steps "
         f"{', '.join(LOSS_BARS)} within {', '.join(f'{bar:g}' for bar in LOSS_BARS.values())} of the library's; dead "
         "fraction at most half a percentage point, or two standard errors, above. Dead: active on none of 32,768 "
@@ -157,7 +160,7 @@ def markdown(runs: list[dict[str, Any]], source: str) -> str:
 
 def _section(group: list[dict[str, Any]]) -> list[str]:
     first = group[0]
-    s, names = first["settings"], [name for name in first["contenders"] if name != "peer"]
+    s, names = first["settings"], list(dict.fromkeys(name for run in group for name in run["contenders"]))
     known = "mcc" in first["contenders"]["peer"]
     library = f"{first['peer']} {first['peer_version']}"
     lines = [
@@ -172,12 +175,12 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
         + " bars reached |",
         "|---|---|---|---:|---:|---|---:|" + ("---|" if known else "") + "---|",
     ]
-    for name in ("peer", *names):
-        own = [run["contenders"][name] for run in group]
+    for name in names:
+        own = [run["contenders"][name] for run in group if name in run["contenders"]]
         found = summary(group, name)
         mean = {key: statistics.fmean(o[key] for o in own) for key in own[0] if key != "loss"}
         cells = [
-            library if name == "peer" else name,
+            library if name == "peer" else name if len(own) == len(group) else f"{name} ({len(own)} seeds)",
             f"{mean['fvu']:.4f} ({_span(o['fvu'] for o in own)})",
             "—" if name == "peer" else f"{found['ratio']:.4f} ({_span(found['ratios'])})",
             f"{mean['dead_fraction']:.2%}",

@@ -339,6 +339,29 @@ def test_the_library_itself(name):
         assert measured["fusae Trainer"]["loss"]["1"] == pytest.approx(peer["loss"]["1"], rel=1e-12)
 
 
+def test_the_library_beside_itself_starts_a_rounding_away():
+    parity = script("parity")
+    recipe = parity.RECIPES["saelens-topk"]
+    rows = {"W_enc": torch.randn(40, 6), "b_enc": torch.zeros(40)}
+    moved = parity.nudged(rows, 0)
+    step = (moved["W_enc"] - rows["W_enc"]) / rows["W_enc"].abs()
+    assert 0.3 < float((step != 0).float().mean()) < 0.7 and 0 < step.max() < 2e-7 and step.min() == 0
+    assert all(torch.equal(a, b) for a, b in zip(parity.nudged(rows, 0).values(), moved.values(), strict=True))
+    starts = []
+
+    def build(settings, start):
+        starts.append({name: value.clone() for name, value in start.items()})
+        return recipe.own["fusae"](settings, start)
+
+    recipe = dataclasses.replace(recipe, peer=build)
+    measured = parity.compare(recipe, some_data(), settings(steps=12, decay_start=8), seed=0, twin=True)
+    assert list(measured) == ["peer", "fusae", parity.TWIN] and measured["fusae"]["mcc_to_peer"] == 1.0
+    assert measured[parity.TWIN]["loss"]["10"] == pytest.approx(measured["peer"]["loss"]["10"], rel=1e-9)
+    assert not torch.equal(starts[0]["W_enc"], starts[1]["W_enc"])
+    few = settings(steps=3, decay_start=2, warmup_steps=1)
+    assert parity.TWIN not in parity.compare(recipe, some_data(), few, seed=0)
+
+
 # --- data -----------------------------------------------------------------------------------------------------------
 
 

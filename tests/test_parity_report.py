@@ -63,6 +63,14 @@ def test_verdicts(changes, told):
     assert report.verdict(report.summary([run(**changes)], "fusae")) == told
 
 
+def test_a_contender_of_some_seeds_says_so():
+    report, runs = script("parity_report"), [run(seed=0), run(seed=1, fvu=0.19)]
+    runs[1]["contenders"]["library, nudged"] = {**runs[1]["contenders"]["peer"], "fvu": 0.21}
+    assert report.summary(runs, "library, nudged")["ratios"] == [pytest.approx(1.05)]
+    (line,) = [line for line in report.markdown(runs, "x.json").splitlines() if line.startswith("| library, nudged")]
+    assert line.startswith("| library, nudged (1 seeds) | 0.2100") and "misses** FVU" in line
+
+
 def test_a_known_dictionary_is_judged_by_how_well_it_was_found():
     report = script("parity_report")
     runs = [run(seed, data="known", fvu=0.15) for seed in range(2)]
