@@ -21,7 +21,7 @@ UNDER, OVER = 1e-9, 3e-6
 """Of a row: too few candidates, or more than fit. At 8192 rows, one batch in 40 has a row to repair, for a millisecond
 or so; twice the buffer for every row would cost more."""
 LARGEST_CAP = 8192
-"""For 2,000 or so of 131,072 latents, or 1,500 of a million (AuxK)."""
+"""For up to 3,000 of 131,072 latents, or 1,500 of a million (AuxK)."""
 CANDIDATE_BYTES = 512 << 20
 LARGEST_BATCH_CAP = 1 << 30
 """Places in the buffer of a batch, which int32 counts."""
