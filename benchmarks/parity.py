@@ -49,7 +49,7 @@ import parity_saelens
 import torch
 import typer
 from parity_base import Contender, Recipe, Settings
-from parity_report import ROOT, quality_page, read_runs
+from parity_report import ROOT, TWIN, quality_page, read_runs
 from results_file import ReportError, write_results
 from rich.console import Console
 from torch import Tensor
@@ -77,8 +77,6 @@ ABOUT = {
 }
 #: training rows that the dead fraction is counted on
 DEAD_ROWS = 32_768
-#: the library beside itself: what rounding alone makes of a run
-TWIN = "library, nudged"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,8 @@ FVU_BAR = (0.99, 1.01)
 DEAD_BAR = 0.005
 #: what the MCC may be below the peer's where the truth is known: this, or two standard errors of the difference
 MCC_BAR = 0.001
+#: the contender of parity.py that is the peer, from initial weights a rounding away
+TWIN = "library, nudged"
 _SOURCE = re.compile(r"from `([^`]+\.json)`")
 
 
@@ -134,6 +136,10 @@ def markdown(runs: list[dict[str, Any]], source: str) -> str:
         "- Where the truth is known, MCC at most 0.001, or two standard errors, below the library's, in place of FVU: "
         "with 64 directions, one more or less that is found moves FVU by an eighth, and rounding can decide that. The "
         "same recipe in float64 shows what is rounding.",
+        "- Why single runs part, where they do: the two sides add up the same numbers in another order, and where that "
+        "decides which latent is the last one selected, or which is dead, they go on with other latents. The library "
+        f"can part as far from its own repetition (*{TWIN}*, below, where that was run), and in float64 the two sides stay "
+        "together. So the recipes are the same; over more seeds the ratios lie on both sides of 1.",
         "",
     ]
     lines += [
@@ -191,8 +197,8 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
             "—" if name == "peer" else verdict(found),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *_beside_itself(group)]
     lines += [
-        "",
         "Not the same on both sides:",
         "",
         *(f"- {difference}" for difference in first["differences"]),
@@ -200,6 +206,22 @@ def _section(group: list[dict[str, Any]]) -> list[str]:
         origin(group),
         "",
     ]
+    return lines
+
+
+def _beside_itself(group: list[dict[str, Any]]) -> list[str]:
+    """fusae and the nudged library, for the seeds that have both."""
+    lines = []
+    for run in group:
+        if TWIN not in run["contenders"]:
+            continue
+        peer, told = run["contenders"]["peer"], []
+        for name in ("fusae", TWIN):
+            own = run["contenders"][name]
+            at = [f"{abs(value / peer['loss'][step] - 1):.0e}" for step, value in own["loss"].items()]
+            told.append(f"*{name}* {own['fvu'] / peer['fvu']:.4f}, {' / '.join(at)}")
+        lines.append(f"Seed {run['seed']}, FVU × the library's and difference of the loss: {'; '.join(told)}.")
+        lines.append("")
     return lines
 
 
