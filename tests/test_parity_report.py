@@ -69,7 +69,7 @@ def test_a_contender_of_some_seeds_says_so():
     assert report.summary(runs, "library, nudged")["ratios"] == [pytest.approx(1.05)]
     (line,) = [line for line in report.markdown(runs, "x.json").splitlines() if line.startswith("| library, nudged")]
     assert line.startswith("| library, nudged (1 seeds) | 0.2100") and "misses** FVU" in line
-    wanted = "Seed 1, FVU × the library's and difference of the loss: *fusae* 0.9500, 0e+00 / 0e+00 / 0e+00; *library, n"
+    wanted = "Seed 1, FVU × the library's and difference of the loss: *fusae* 0.9500, 0e+00 / 0e+00 / 0e+00; *libr"
     assert wanted in report.markdown(runs, "x.json") and "Seed 0, FVU" not in report.markdown(runs, "x.json")
 
 
