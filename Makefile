@@ -29,7 +29,7 @@ test-kernels: $(ENV)
 	$(PY) -m pytest -q -m kernels
 
 bench: $(ENV)
-	$(PY) benchmarks/run.py --preset bars --gate --threads 2 --out benchmarks/results/$(DEVICE)/bars.json
+	PYTHON=$(PY) bash benchmarks/all.sh --results benchmarks/results/$(DEVICE)
 
 lint: $(ENV)
 	$(PY) -m pip install -q ruff

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps of other libraries, where they are installed. Nothing of them is copied here.
+"""Other libraries, where they are installed: their training steps, OpenAI's decoder. Nothing of them is copied here.
 
 Each library contributes its own module and its own reconstruction loss, without auxiliary terms; weights start from the
 same inputs, and the optimiser is ``torch.optim.Adam(fused=True)`` for all. What their trainers add around it (gradient
@@ -15,14 +15,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fusae.testing.workloads import LR, Build, Call, Inputs, prime, squared_error, train_step
+from fusae.testing import bench_compiled
+from fusae.testing.bench_calls import CALLS
+from fusae.testing.workloads import LR, Build, Call, Inputs, prime, select, squared_error, train_step, train_torch
 
 #: contender -> the module to import, and the name on PyPI
 LIBRARIES = {
     "sparsify": ("sparsify", "eai-sparsify"),
     "SAELens": ("sae_lens", "sae-lens"),
     "dictionary_learning": ("dictionary_learning", "dictionary-learning"),
+    "OpenAI kernels": ("sparse_autoencoder", "git+https://github.com/openai/sparse_autoencoder"),
 }
+COMPILED = "torch.compile"
 
 
 def _step(inputs: Inputs, module: torch.nn.Module, weights: dict[str, Tensor], loss_of: Callable) -> Call:
@@ -90,21 +94,54 @@ def _dictionary_learning(inputs: Inputs, k: int, backend: str) -> Call:
     return _step(inputs, coder, weights, lambda x: squared_error(coder(x), x))
 
 
-_BUILDERS: dict[str, Build] = {
-    "sparsify": _sparsify, "SAELens": _saelens, "dictionary_learning": _dictionary_learning,
+def _openai_decode(values: Tensor, indices: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """OpenAI's Triton kernels (Gao et al. 2024), which take the decoder as ``[d, m]``, here a view."""
+    from sparse_autoencoder.kernels import TritonDecoderAutograd
+
+    return TritonDecoderAutograd.apply(indices.long(), values, W_dec.T) + b_dec
+
+
+def _openai_codes(codes, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    return _openai_decode(codes.values, codes.indices, W_dec, b_dec)
+
+
+def _openai_forward(x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, k: int) -> Tensor:
+    values, indices = select(x, W_enc, b_enc - W_enc @ b_dec, k)
+    return _openai_decode(values, indices, W_dec, b_dec)
+
+
+_BUILDERS: dict[str, dict[str, Build]] = {
+    "train_step": {
+        "sparsify": _sparsify, "SAELens": _saelens, "dictionary_learning": _dictionary_learning,
+        "OpenAI kernels": train_torch(_openai_forward),
+    },
+    "decode": {"OpenAI kernels": CALLS["decode"](_openai_codes)},
+    "decode_bwd": {"OpenAI kernels": CALLS["decode_bwd"](_openai_codes)},
 }  # fmt: skip
 
 
-def missing() -> dict[str, str]:
-    """Contenders that cannot run here, and why."""
-    return {
+def missing(op: str | None = None) -> dict[str, str]:
+    """Contenders (of `op`) that cannot run here, and why."""
+    found = {
         name: f"not installed (pip install {package})"
         for name, (module, package) in LIBRARIES.items()
         if importlib.util.find_spec(module) is None
     }
+    if "OpenAI kernels" not in found and not torch.cuda.is_available():
+        found["OpenAI kernels"] = "needs an NVIDIA GPU"
+    if (reason := bench_compiled.missing()) is not None:
+        found[COMPILED] = reason
+    taking_part = None if op is None else {*_BUILDERS.get(op, ()), *bench_compiled.CONTENDERS.get(op, ())}
+    return {name: why for name, why in found.items() if taking_part is None or name in taking_part}
 
 
-#: as `fusae.testing.workloads.CONTENDERS`, with the libraries that are installed
+#: as `fusae.testing.workloads.CONTENDERS`, with what is installed
 CONTENDERS: dict[str, dict[str, Build]] = {
-    "train_step": {name: build for name, build in _BUILDERS.items() if name not in missing()}
+    op: {
+        name: build
+        for table in (bench_compiled.CONTENDERS, _BUILDERS)
+        for name, build in table.get(op, {}).items()
+        if name not in missing()
+    }
+    for op in {**bench_compiled.CONTENDERS, **_BUILDERS}
 }

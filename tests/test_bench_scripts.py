@@ -65,6 +65,82 @@ def test_report_writes_the_table_and_checks_it(report, rows, tmp_path):
     assert stale.exit_code == 1 and "differs from results/rows.json" in stale.output
 
 
+def _results(folder, rows):
+    """Rows of every file: of two m, with memory; the parts of a step."""
+    op = {"encode_topk": "torch mm + topk", "train_step": "plain torch"}
+    made = []
+    for m, speed in ((64, 0.5), (128, 2.0)):
+        for name, plain in op.items():
+            for contender, ms in (("fusae", 1.0), (plain, speed), ("gemm", 0.4)):
+                made.append(dataclasses.replace(
+                    rows[0], op=name, name=contender, shape={**TINY, "m": m}, p20_ms=ms, p50_ms=ms, p80_ms=ms,
+                    baseline="gemm", ratio=ms / 0.4, peak_bytes=2**20, absent={"sparsify": "not installed"},
+                ))  # fmt: skip
+    bench.append_rows(folder / "scaling.json", made)
+    bench.append_rows(folder / "ops.json", made)
+    parts = [dataclasses.replace(rows[0], op="train_step_parts", name=name, baseline="step", ratio=share)
+             for name, share in (("step", 1.0), ("encode_topk_fwd", 0.7), ("everything else", 0.3))]  # fmt: skip
+    bench.append_rows(folder / "shares.json", parts)
+
+
+def test_report_writes_pages_and_figures_and_checks_them(report, rows, tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra 'report' is not installed")
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    markers = [f"<!-- {name}:start -->\n<!-- {name}:end -->" for name in ("figure", "crossover", "benchmarks")]
+    readme.write_text("\n".join(["before", *markers, "after\n"]))
+    bench.append_rows(results / "bars.json", rows)
+    _results(results, rows)
+    done = _invoke(report, "--all", results, "--readme", readme)
+    assert done.exit_code == 0, done.output
+    text, page = readme.read_text(), (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert "faster from m = 128 on; 0.50 × the speed of torch mm + topk at m = 64, 2.00 ×" in text
+    assert "docs/figures/speedup-dark.svg" in text and "| encode_topk | 24, 16, 64, 4 |" in page
+    assert "| torch mm + topk | 0.50 | 2.00 × |" in page and "Absent: sparsify (not installed)" in page
+    figures = sorted(path.name for path in (tmp_path / "docs" / "figures").iterdir())
+    assert figures == [f"{n}-{t}.svg" for n in ("memory", "roofline", "shares", "speedup") for t in ("dark", "light")]
+    assert _invoke(report, "--check", "--readme", readme).exit_code == 0
+    assert _invoke(report, "--all", results, "--check", "--readme", readme).exit_code == 0
+    # Another number in the JSON: README, page and figures are behind, and --check says so of each.
+    old = (results / "scaling.json").read_text()
+    for quantile in ("p20", "p50", "p80"):
+        old = old.replace(f'"{quantile}_ms": 0.5', f'"{quantile}_ms": 0.25')
+    (results / "scaling.json").write_text(old)
+    stale = _invoke(report, "--check", "--readme", readme)
+    assert stale.exit_code == 1
+    for name in ("README.md", "docs/benchmarks.md", "docs/figures/speedup-light.svg", "docs/figures/memory-dark.svg"):
+        assert f"{name} differs from its results" in stale.output
+    assert "roofline" not in stale.output
+
+
+def test_compare_tells_runs_that_disagree(rows, tmp_path):
+    module, first, second = _script("compare"), tmp_path / "a.json", tmp_path / "b.json"
+    bench.append_rows(first, rows)
+    bench.append_rows(second, rows)
+    assert _invoke(module, first, second).exit_code == 0
+    apart = [dataclasses.replace(r, ratio=r.ratio * 1.2) for r in rows]
+    second.unlink()
+    bench.append_rows(second, apart)
+    done = _invoke(module, first, second)
+    assert done.exit_code == 1 and "2 of fusae's ratios differ by more than 10%" in done.output
+    assert _invoke(module, first, second, "--within", "0.3").exit_code == 0
+    assert _invoke(module, first, tmp_path / "none.json").exit_code == 2
+
+
+def test_instructions_are_read_and_flagged(tmp_path):
+    module = _script("instructions")
+    dump = "version: 1\ndesc: Trigger: Client Request: decode\nevents: Ir\nsummary: 1200\ntotals: 1200\n"
+    (tmp_path / "callgrind.out.1").write_text(dump)
+    (tmp_path / "callgrind.out").write_text("desc: Trigger: Program termination\nsummary: 0\n")
+    assert module.parse(tmp_path) == {"decode": 1200}
+    assert module.flagged(1050, 1000, 0.02) and module.flagged(950, 1000, 0.02) and not module.flagged(1010, 1000, 0.02)
+
+
+def test_a_commit_that_is_none_is_named():
+    base = _script("base")
+    with pytest.raises(base.BaseError, match="finding the commit 'nowhere-at-all' failed"):
+        base.commit_of("nowhere-at-all")
+
+
 def test_report_keeps_the_latest_row_and_wants_its_markers(report, rows, tmp_path):
     newer = dataclasses.replace(rows[0], p20_ms=1234.0, p50_ms=1234.0, p80_ms=1234.0)
     text = report.markdown([*rows, newer], "x.json")
@@ -119,7 +195,7 @@ def test_run_appends_rows_after_its_gate(tmp_path):
     options = [*shape, "--rounds=2", "--threads=1", "--no-memory", "--gate", f"--out={out}"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "run.py"), "train_step", *options],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rows = bench.read_rows(out)
@@ -129,6 +205,8 @@ def test_run_appends_rows_after_its_gate(tmp_path):
     for name, (library, _) in _script("rivals").LIBRARIES.items():
         present = importlib.util.find_spec(library) is not None
         assert (f"absent: {name}, not installed" in done.stdout) != present
+        assert (name in rows[0].absent) != present
+    assert rows[0].absent["torch.compile"] == "not asked for (--compiled)"
 
 
 def test_run_gives_no_number_for_a_wrong_op(monkeypatch, tmp_path):
@@ -155,10 +233,10 @@ def test_run_judges_bars(rows):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["encode"], "must be one of encode_topk"),
+        (["encode"], "must be one of topk, encode_topk"),
         ([], "give either an op or --preset"),
         (["decode", "--preset=bars"], "give either an op or --preset"),
-        (["--preset=quick"], "must be one of bars, tiny"),
+        (["--preset=fast"], "must be one of bars, ops, scaling"),
         (["decode", "--dtype=float8"], "must be float32, bfloat16 or float16"),
         (["decode", "--rival=fast"], "must be all, none or among"),
         (["decode", "--backend=cuda"], "no backend can run"),
