@@ -39,7 +39,7 @@ static_assert(STAGE_BYTES % 1024 == 0 && A_BYTES % 1024 == 0, "swizzle atoms");
 static_assert(128 * (PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS) <= 65536, "registers of a multiprocessor");
 
 // The matrix of 16-bit elements, rows of 128 swizzled bytes, at a shared address: PTX ISA, "matrix descriptor".
-FUSAE_BOTH uint64_t matrix_descriptor(uint32_t address) {
+FUSAE_PURE uint64_t matrix_descriptor(uint32_t address) {
   const uint64_t start = (address & 0x3ffff) >> 4;
   const uint64_t leading = 1;          // not used by swizzled layouts whose rows are along k
   const uint64_t stride = 1024 >> 4;   // from 8 rows to the next 8
@@ -50,7 +50,7 @@ constexpr uint64_t NEXT_K = 32 >> 4;  // 16 elements further along k, within the
 
 // How far warpgroup 2 stays behind. The barrier between the two counts to one turn: warpgroup 1 can't be a tile ahead,
 // as its pieces only become free with warpgroup 2.
-FUSAE_BOTH int lag_of(int pieces) { return pieces >= 2 * STAGES ? 2 : 0; }
+FUSAE_PURE int lag_of(int pieces) { return pieces >= 2 * STAGES ? 2 : 0; }
 
 struct Ring {
   int stage = 0;

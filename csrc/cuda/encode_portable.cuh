@@ -169,7 +169,7 @@ void visit_elements(const EncodeInput& in, F f) {
 }
 
 template <class T, template <class> class Epilogue>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, std::is_same_v<T, float> ? 1 : 2)
     portable_kernel(const __grid_constant__ EncodeInput in, const __grid_constant__ typename Epilogue<Frame>::Args args,
                     int64_t columns, int32_t step, const int32_t* run) {
   if (run && *run == 0) return;

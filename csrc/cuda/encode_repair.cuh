@@ -20,7 +20,7 @@ struct RepairShared {
 };
 
 template <class T>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 1)
     repair_scan(const __grid_constant__ EncodeInput in, const __grid_constant__ Selection s) {
   const int64_t failed = *s.failed, blocks = (failed + ROWS - 1) / ROWS;
   if (failed == 0) return;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
     for (int64_t tile = first; tile < end; ++tile) {
       const int64_t column0 = tile * COLUMNS;
-      stage_columns(frame, in, column0, nullptr, s.mask);
+      stage_columns(frame, 0, in, column0, nullptr, s.mask);
       const Sources from = sources_of(
           in, sizeof(T), [&](int r) -> int64_t { return place0 + r < failed ? s.list[place0 + r] : -1; },
           [&](int c) { return column0 + c < in.m ? column0 + c : -1; });
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(THREADS, 2)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int c = frame.column + 8 * j + e;
-          const float bias = frame.shared->bias[c], scale = frame.shared->scale[c];
-          const bool valid = column0 + c < in.m && (!s.mask || frame.shared->third[c] != 0.0f);
+          const float bias = frame.shared->bias[0][c], scale = frame.shared->scale[0][c];
+          const bool valid = column0 + c < in.m && (!s.mask || frame.shared->third[0][c] != 0.0f);
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
 #pragma unroll

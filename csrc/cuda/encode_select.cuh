@@ -107,7 +107,7 @@ __device__ inline int64_t cut(Block& block, Entry* entries, int64_t count, uint6
   return kept;
 }
 
-FUSAE_BOTH int64_t power_of_2(int64_t n) {
+FUSAE_PURE int64_t power_of_2(int64_t n) {
   int64_t p = 1;
   while (p < n) p *= 2;
   return p;

@@ -8,9 +8,11 @@
 #include "cuda_runtime.h"
 #include "fusae/dtype.h"
 
-#define __grid_constant__
 struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 template <class T>
@@ -337,6 +339,7 @@ void products_wait(float (&acc)[1][32][4]) {
     }
     groups.committed.pop_front();
   }
+  __syncwarp();  // .sync.aligned: a warp waits as one
 }
 
 }  // namespace fusae::cuda

@@ -25,7 +25,8 @@ def _described(t: Tensor) -> Tensor:
     it; else a copy with such rows."""
     item = t.element_size()
     pitch = t.stride(0) * item if t.shape[0] > 1 else 16 * (-(-t.shape[1] * item // 16))
-    if (t.stride(1) == 1 or t.shape[1] == 1) and t.data_ptr() % 16 == 0 and pitch % 16 == 0 and pitch >= t.shape[1] * item:
+    together = t.stride(1) == 1 or t.shape[1] == 1
+    if together and t.data_ptr() % 16 == 0 and pitch % 16 == 0 and pitch >= t.shape[1] * item:
         return t
     step = 16 // item
     copy = t.new_zeros(t.shape[0], -(-t.shape[1] // step) * step)
