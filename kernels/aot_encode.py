@@ -67,8 +67,8 @@ def _gemms() -> list[Job]:
                 *(Job(f"gate_batch{'-norms-aux' * rich}-{where}", "encode_batch_topk", "gate_batch",
                       _types(name, (t.BM, t.BN, t.BK) if tma and not rich else None),
                       {**common, "TMA": tma and not rich, "NORMS": rich, "AUX": rich, "EVEN": not rich,
-                       "AUX_CAP": 4096 if rich else 16, "PARTS": t.parts}, **{**options, "hot": not rich and where != "fp32-sm80"})
-                  # (16 bytes of stack there, beside 2048 FMAs a block)
+                       "AUX_CAP": 4096 if rich else 16, "PARTS": t.parts},
+                      **{**options, "hot": not rich and where != "fp32-sm80"})  # 16 bytes of stack there
                   for rich in ((False, True) if name == "bf16" else (False,))),
                 Job(f"repair_scan-{where}", "encode_repair", "repair_scan", _types(name),
                     {**common, "MASK": False, "EVEN": False, "CAP": 512, "CUT": 16}, **{**options, "hot": False}),
