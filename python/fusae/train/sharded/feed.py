@@ -51,7 +51,6 @@ class SharedFeed:
 
     def __init__(self, feed: Feed | None, mesh: Mesh, *, sent: bool = False) -> None:
         self.feed, self.mesh, self.sent = feed, mesh, sent
-        self.batch_size = 0 if feed is None else feed.batch_size
         self._waited, self._dropped = 0.0, 0
 
     @property

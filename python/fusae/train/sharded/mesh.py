@@ -22,12 +22,13 @@ class RankLost(RuntimeError):
 
 def is_launched() -> bool:
     """Whether torchrun started this process, or a process group is there already."""
-    return dist.is_initialized() or dist.is_torchelastic_launched()
+    return dist.is_available() and (dist.is_initialized() or dist.is_torchelastic_launched())
 
 
 def is_first() -> bool:
     """Whether this process is the one that writes and speaks."""
-    return (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))) == 0
+    known = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank() if known else int(os.environ.get("RANK", 0))) == 0
 
 
 def restarts() -> int:
