@@ -132,6 +132,7 @@ def page(results: dict[str, Any]) -> str:
         "",
         *_made(rows),
         "",
+        *([results["about"], ""] if results.get("about") else []),
         "The cross-layer transcoder has as many latents in each of its three layers, and three times k of them active.",
         "Settings that are not a preset's own are in `RUNS` of `benchmarks/forms.py`: thresholds and window of the",
         "JumpReLU and the weights of the L1 terms were chosen on these data so that about k latents are active.",
@@ -187,7 +188,8 @@ def main(
         found = where
         for name in wanted:
             row = {**run(name, demo, out, cache), "made": made}
-            found = before = {**where, "runs": merged(before, [row])}
+            about = {"about": before["about"]} if before and before.get("about") else {}
+            found = before = {**where, **about, "runs": merged(before, [row])}
             if results is not None:
                 write_json(results, found)
     text = page({**found, "runs": merged(found, [])})
