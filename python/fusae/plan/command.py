@@ -122,7 +122,10 @@ def tables(found: Plan, title: str) -> list[Any]:
     modes = Table("optimiser mode", "bytes per parameter", title="weights and moments")
     for name, size in found.per_parameter.items():
         modes.add_row(name, f"{size:.2f}")
-    parts = [memory, modes]
+    degrees = Table("shard_latents", "bytes on each device", title="latents shared among devices")
+    for ranks, size in found.by_degree.items():
+        degrees.add_row(f"{ranks}", gigabytes(size))
+    parts = [memory, modes, degrees]
     if found.speed is not None:
         parts.append(_speed_table(found))
     return parts + [f"to make it fit: {line}" for line in found.advice]

@@ -36,7 +36,8 @@ class Needs:
 
     Attributes:
         parts: in the order in which they are shown: weights, moments (master copies and step counters with them), their
-            average, gradients (of as many rows as a step can touch), codes, encode scratch, data, counters.
+            average, gradients (of as many rows as a step can touch), codes, encode scratch, data, counters, exchange
+            with other devices.
         evaluation: what measuring the coder afterwards takes beside the weights; not part of the total, as the trainer
             is gone by then.
         parameters: numbers that are trained.
@@ -67,8 +68,11 @@ def entries_of(config: TrainConfig, aux: bool = True) -> int:
 def needs(config: TrainConfig, device: str = "cpu") -> Needs:
     """What a resolved configuration will take on its device. Python, torch and a language model are not counted.
 
-    Forms without a fixed number of active latents (relu, jumprelu, gated) are counted with ``config.k`` of them.
+    With ``config.shard_latents``, on each of the devices that share the latents. Forms without a fixed number of active
+    latents (relu, jumprelu, gated) are counted with ``config.k`` of them.
     """
+    whole, ranks = config, config.shard_latents or 1
+    config = part_of(config)
     coder = new_training_coder(config, seed=None, device="meta")
     named = {name: param for name, param in coder.named_parameters()}
     encoder, decoder, rest = optimizer_options(config)
@@ -83,7 +87,7 @@ def needs(config: TrainConfig, device: str = "cpu") -> Needs:
     matrices = {name: p for name, p in named.items() if name.endswith(MATRICES)}
     vectors = sum(p.numel() * p.element_size() for name, p in named.items() if name not in matrices)
     entries = entries_of(config)
-    rows = touched(m, entries // config.layers)
+    rows = -(-touched(whole.m, entries // config.layers) // ranks)
     itemsize = 2 if config.dtype == "bfloat16" else torch.finfo(getattr(torch, config.dtype)).bits // 8
     early = steps_early(config)
     grads = vectors + _gradients(matrices, rows, early)
@@ -115,9 +119,38 @@ def needs(config: TrainConfig, device: str = "cpu") -> Needs:
         "encode scratch": scratch,
         "data": data,
         "counters": counters,
+        # Scores of all of them, with what sorts them; and reconstructions on their way.
+        "exchange": 0 if ranks == 1 else 16 * n * max(config.k, whole.k_aux) * ranks + 8 * n * out,
     }
     parts = {name: size for name, size in parts.items() if size}
     return Needs(parts, itemsize * n * (2 * width + 3 * out) + codes, sum(p.numel() for p in named.values()), rows)
+
+
+def part_of(config: TrainConfig) -> TrainConfig:
+    """The configuration of the latents of one of ``config.shard_latents`` ranks, as if they were all."""
+    ranks = config.shard_latents or 1
+    if ranks == 1:
+        return config
+    if config.architecture == "cross_layer" or config.form == "gated":
+        raise ValueError(f"shard_latents must be 1 with form {config.form!r}, architecture {config.architecture!r}")
+    if config.m % ranks:
+        raise ValueError(f"m must be a multiple of shard_latents = {ranks}, got {config.m}")
+    m = config.m // ranks
+    if config.k > m:
+        raise ValueError(f"m / shard_latents must be at least k = {config.k}, got {config.m} / {ranks}")
+    return dataclasses.replace(config, m=m, k_aux=min(config.k_aux, m), prefixes=None, shard_latents=None)
+
+
+def bytes_by_degree(config: TrainConfig, device: str = "cpu", most: int = 64) -> dict[int, int]:
+    """Bytes on each device for 1, 2, 4, ... devices that share the latents, as far as they can."""
+    found, ranks = {}, 1
+    while ranks <= most:
+        try:
+            found[ranks] = needs(dataclasses.replace(config, shard_latents=ranks), device).total
+        except ValueError:
+            break
+        ranks *= 2
+    return found
 
 
 def _gradients(matrices: dict[str, torch.Tensor], rows: int, early: bool) -> int:
@@ -129,7 +162,7 @@ def _gradients(matrices: dict[str, torch.Tensor], rows: int, early: bool) -> int
 
 def bytes_per_parameter(config: TrainConfig) -> dict[str, float]:
     """Weights and optimiser state over the parameters of encoder and decoder, for `MODES`."""
-    found = {}
+    found, config = {}, dataclasses.replace(config, shard_latents=None)
     for name, fields in MODES:
         changed = dataclasses.replace(
             config, **{"optimizer": "dense", "moments": "float32", "weights": "float32", "dtype": "float32", "ema": 0.0,

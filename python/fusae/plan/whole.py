@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..train import TrainConfig
-from .memory import Needs, bytes_per_parameter, needs
+from .memory import Needs, bytes_by_degree, bytes_per_parameter, needs
 from .rates import Rates, measure_rates
 from .speed import Speed, speed
 
@@ -21,7 +21,8 @@ OVERHEAD = {"cpu": 350 << 20, "cuda": 1 << 30}
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Attributes: config (resolved), device, needs, overhead and room (bytes), speed and rates (None: not measured),
-    per_parameter (bytes, by mode), advice (one line each; empty where the run fits)."""
+    per_parameter (bytes, by mode), by_degree (bytes on each of 1, 2, 4, ... devices that share the latents), advice
+    (one line each; empty where the run fits)."""
 
     config: TrainConfig
     device: str
@@ -31,6 +32,7 @@ class Plan:
     speed: Speed | None
     rates: Rates | None
     per_parameter: dict[str, float]
+    by_degree: dict[int, int]
     advice: list[str]
 
     @property
@@ -46,6 +48,7 @@ class Plan:
             "total_bytes": self.needs.total, "overhead_bytes": self.overhead, "room_bytes": self.room,
             "fits": self.fits, "evaluation_bytes": self.needs.evaluation, "parameters": self.needs.parameters,
             "touched_latents": self.needs.touched, "bytes_per_parameter": self.per_parameter, "speed": speed,
+            "total_bytes_by_shard_latents": self.by_degree,
             "rates": None if self.rates is None else dataclasses.asdict(self.rates), "advice": self.advice,
         }  # fmt: skip
 
@@ -67,7 +70,7 @@ def plan(
     rates = measure_rates(config, device) if measured else None
     advice = [] if room is None or need.total + overhead <= room else advise(config, kind, room - overhead)
     return Plan(config, device, need, overhead, room, None if rates is None else speed(config, rates), rates,
-                bytes_per_parameter(config), advice)  # fmt: skip
+                bytes_per_parameter(config), bytes_by_degree(config, kind), advice)  # fmt: skip
 
 
 def room_of(device: str) -> int | None:
@@ -108,6 +111,10 @@ def advise(config: TrainConfig, kind: str, room: int) -> list[str]:
         total = needs(changed, kind).total
         if changed != config and total <= room:
             lines.append(f"{_toml(change)}: {gigabytes(total)} would do")
+    for ranks, total in bytes_by_degree(config, kind).items():
+        if ranks > (config.shard_latents or 1) and total <= room:
+            lines.append(f"shard_latents = {ranks}: {gigabytes(total)} on each of as many devices would do")
+            break
     widest = config.m
     while widest > config.k and needs(_of_width(config, widest), kind).total > room:
         widest //= 2
