@@ -212,7 +212,7 @@ def test_run_appends_rows_after_its_gate(tmp_path):
 def test_run_gives_no_number_for_a_wrong_op(monkeypatch, tmp_path):
     run = _script("run")
 
-    def wrong(*_):
+    def wrong(*_, **__):
         raise AssertionError("decode: planted error")
 
     monkeypatch.setattr(run, "conform", wrong)
