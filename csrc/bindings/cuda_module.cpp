@@ -192,6 +192,8 @@ void adam_rows(uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr
 
 }  // namespace
 
+void bind_encode(py::module_& m);  // cuda_encode.cpp
+
 PYBIND11_MODULE(FUSAE_CUDA_MODULE, m) {
   m.doc() = "CUDA kernels of fusae. Private: use the functions of the fusae package.";
 #ifdef FUSAE_EMULATED
@@ -199,6 +201,7 @@ PYBIND11_MODULE(FUSAE_CUDA_MODULE, m) {
 #else
   m.attr("emulated") = false;
 #endif
+  bind_encode(m);
   m.def("decode", &decode);
   m.def("dots", &dots);
   m.def("decode_loss", &decode_loss);

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from . import decode, dense, latents, optimiser, selection
+from . import decode, dense, encode, latents, optimiser, ragged, selection
 from .native import by_name_only, unavailable
 
 __all__ = ["TABLE", "by_name_only", "unavailable"]
 
 TABLE: dict = {}
 
-for _family in (selection, decode, latents, dense, optimiser):
+for _family in (selection, encode, ragged, decode, latents, dense, optimiser):
     TABLE |= _family.TABLE
