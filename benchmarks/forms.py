@@ -47,7 +47,7 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"form": "jumprelu", "penalty": "l0_mean_squared", "threshold_init": 0.1, "bandwidth": 0.05},
     ),
     "Matryoshka": (RESIDUAL, {"preset": "matryoshka"}),
-    # Weights of the L1 term at which about k latents are active.
+    # The default weight of the L1 term: how many latents are active is up to it.
     "ReLU": (RESIDUAL, {"form": "relu", "sparsity": 0.04}),
     "Gated": (RESIDUAL, {"form": "gated", "sparsity": 0.04}),
     "AbsTopK": (RESIDUAL, {"preset": "absolute-topk"}),
@@ -133,9 +133,9 @@ def page(results: dict[str, Any]) -> str:
         *_made(rows),
         "",
         *([results["about"], ""] if results.get("about") else []),
-        "The cross-layer transcoder has as many latents in each of its three layers, and three times k of them active.",
-        "Settings that are not a preset's own are in `RUNS` of `benchmarks/forms.py`: thresholds and window of the",
-        "JumpReLU and the weights of the L1 terms were chosen on these data so that about k latents are active.",
+        "A cross-layer transcoder has as many latents in each of its three layers, and three times k of them active.",
+        "Settings that are not a preset's own are in `RUNS` of `benchmarks/forms.py`; thresholds and window of the",
+        "JumpReLU were chosen on these data so that about k latents are active.",
         "",
         "| dictionary | at | FVU | L0 | dead | loss: model / patched / mean-ablated | loss recovered | KL recovered |",
         "|---|---|---|---|---|---|---|---|",
