@@ -4,9 +4,9 @@
 #
 #   benchmarks/all.sh [--results DIR] [--tiny] [PART ...]       parts in this order; default: all of them
 #
-#   bars      the shapes at which the project states what it must reach, with peak memory     about 6 minutes on 2 cores
-#   scaling   encode_topk and train_step from m = 2^10 to 2^18, with peak memory               about 11 minutes
-#   ops       every op once, torch.compile and libraries too where they are installed          about 5 minutes
+#   bars      the shapes at which the project states what it must reach, with peak memory     some 7 minutes on 2 cores
+#   scaling   encode_topk and train_step from m = 2^10 to 2^18, with peak memory               some 9 minutes
+#   ops       every op once, torch.compile and libraries too where they are installed          some 5 minutes
 #   shares    what of a training step each op takes                                            under a minute
 #   report    the README's table and blocks, docs/benchmarks.md, docs/figures                  seconds; part of "all"
 #   quick     twice the quick ratios, and whether they agree within 10 %                       about 3 minutes; by name only
@@ -39,7 +39,7 @@ measure() {
   local name=$1 draft="$results/.$1.draft.json" started=$SECONDS
   shift
   rm -f "$draft"
-  "$PYTHON" benchmarks/run.py --gate --threads "$threads" --out "$draft" "$@"
+  "$PYTHON" benchmarks/run.py --gate --warmup 1 --threads "$threads" --out "$draft" "$@"
   mv "$draft" "$results/$name.json"
   echo "$name: $((SECONDS - started)) s"
 }
