@@ -10,7 +10,7 @@ constexpr int MAX_THREADS = 256;
 
 // T: of the parameter and its gradient. With a master, that is what is updated, and the parameter its rounded copy.
 template <class T, int V>
-__global__ void __launch_bounds__(MAX_THREADS) adam_kernel(const __grid_constant__ AdamRowsArgs a) {
+__global__ void __launch_bounds__(MAX_THREADS, 2) adam_kernel(const __grid_constant__ AdamRowsArgs a) {
   FUSAE_DYNAMIC_SHARED(shared);
   __shared__ float parts[32];
   float* updated = reinterpret_cast<float*>(shared);  // the row, where weights are not final yet

@@ -61,7 +61,7 @@ __device__ inline void stage_groups(Stage<T>& stage, uint8_t* group, const LossA
 
 // `near`: residuals of the groups are kept in shared memory, not in a.kept. `cached`: so are up to that many rows.
 template <class T, int V>
-__global__ void __launch_bounds__(256) loss_kernel(const __grid_constant__ LossArgs a, bool near, int cached) {
+__global__ void __launch_bounds__(256, 2) loss_kernel(const __grid_constant__ LossArgs a, bool near, int cached) {
   FUSAE_DYNAMIC_SHARED(shared);
   __shared__ Stage<T> stage;
   __shared__ uint8_t group[STAGE];
