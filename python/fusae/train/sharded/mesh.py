@@ -46,8 +46,12 @@ def connect(device: torch.device, timeout: float) -> None:
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    wait = datetime.timedelta(seconds=timeout)
     with _watched(timeout):
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        # torchrun keeps its store when it begins anew, with the addresses of ranks that are gone.
+        store = dist.PrefixStore(f"fusae/{restarts()}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
 
 
 @contextlib.contextmanager
