@@ -33,7 +33,7 @@ bench: $(ENV)
 
 lint: $(ENV)
 	$(PY) -m pip install -q ruff
-	$(PY) -m ruff check python kernels tests benchmarks tools
+	$(PY) -m ruff check python kernels tests benchmarks tools examples
 
 # The CPU kernels under AddressSanitizer and UBSan, on the tests that reach them.
 sanitize: $(ENV)

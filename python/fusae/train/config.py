@@ -122,8 +122,8 @@ class TrainConfig:
     )
     joint: bool = _field(
         True,
-        "form batch_topk of architecture 'cross_layer': the largest activations of all layers together, k of each layer "
-        "on average; false: of every layer by itself",
+        "form batch_topk of architecture 'cross_layer': the largest activations of all layers together, k of each "
+        "layer on average; false: of every layer by itself",
     )
     prefixes: str | None = _field(
         None,
