@@ -170,7 +170,11 @@ def test_torchrun_goes_on_from_the_checkpoint_after_a_rank_was_killed(tmp_path):
         while not (run / NAME).exists() and agent.poll() is None:
             time.sleep(0.02)
         os.kill(_workers(agent.pid)[1], signal.SIGKILL)
-        assert agent.wait() == 0, (tmp_path / "said").read_text()
+        try:
+            ended = agent.wait(240)
+        finally:
+            agent.terminate()  # torchrun ends its ranks
+        assert ended == 0, (tmp_path / "said").read_text()
     assert "another rank of the run has ended" in (tmp_path / "said").read_text()
     assert "Traceback" not in (tmp_path / "said").read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
