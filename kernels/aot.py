@@ -85,6 +85,9 @@ def check(job: Job, arch: int) -> tuple[str, list[str]]:
     """A line about the compiled kernel, and what is wrong with it."""
     fn = getattr(importlib.import_module(f".{job.module}", __package__), job.kernel)
     signature, constants, attributes = {}, {}, {}
+    unknown = [name for name in fn.arg_names if name not in job.constants and name not in job.types]
+    if unknown:
+        return "does not compile", [f"the job has neither type nor value of {', '.join(unknown)}"]
     for i, name in enumerate(fn.arg_names):
         if name in job.constants:
             signature[name], constants[(i,)] = "constexpr", job.constants[name]

@@ -54,7 +54,8 @@ def _gemms() -> list[Job]:
             tma = arch >= 90 and name != "fp32"
             where = f"{name}-sm{arch}"
             found += [
-                Job(f"sample-{where}", "encode_tile", "sample_scores", _types(name), {**common, "EVEN": True},
+                Job(f"sample-{where}", "encode_tile", "sample_scores", _types(name),
+                    {**common, "EVEN": True, "KEYS": False},
                     **options),
                 Job(f"gate-{where}", "encode_topk", "gate", _types(name, (t.BM, t.BN, t.BK) if tma else None),
                     {**common, "TMA": tma, "AUX": False, "EVEN": True, "CAP": 2048, "AUX_CAP": 2048,
