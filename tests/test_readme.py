@@ -31,9 +31,21 @@ def test_python_example():
     torch.testing.assert_close(codes.values[:8], pre.topk(32).values.relu(), rtol=1e-5, atol=1e-5)
 
 
+def test_hook_example():
+    pytest.importorskip("transformers", reason="the extra 'lm' is not installed")
+    _, code, *_ = blocks("python")
+    model, ids = tiny_lm.llama(layers=12), torch.arange(1, 9)[None]
+    plain = model(ids).logits
+    coder = fusae.nn.SparseCoder(fusae.nn.SparseCoderConfig(d=tiny_lm.D, m=64, k=4))
+    scope = {"fusae": fusae, "model": model, "coder": coder, "ids": ids}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["h"].codes.values.shape == (1, 8, 4)
+    assert not scope["logits"].equal(plain) and model(ids).logits.equal(plain)
+
+
 def test_accelerate_example(monkeypatch):
     """With a stand-in for the tool, which the tests of tests/integrations have in earnest."""
-    _, code, _ = blocks("python")
+    _, _, code, _ = blocks("python")
     trainer, asked = object(), []
     for name in ("accelerate", "explain", "restore"):
         assert callable(getattr(fusae, name))
@@ -43,7 +55,7 @@ def test_accelerate_example(monkeypatch):
 
 
 def test_formats_example(tmp_path, monkeypatch):
-    _, _, code = blocks("python")
+    _, _, _, code = blocks("python")
     monkeypatch.chdir(tmp_path)
     Path("gemma-scope").mkdir()
     m, d = 12, 6
