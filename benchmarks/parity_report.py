@@ -139,7 +139,8 @@ def markdown(runs: list[dict[str, Any]], source: str) -> str:
         "- Why single runs part, where they do: the two sides add up the same numbers in another order, and where that "
         "decides which latent is the last one selected, or which is dead, they go on with other latents. The library "
         f"can part as far from its own repetition (*{TWIN}*, below, where that was run), and in float64 the two sides "
-        "stay together. So the recipes are the same; over more seeds the ratios lie on both sides of 1.",
+        "stay together. So the recipes are the same where that was run; over more seeds the ratios lie on both sides "
+        "of 1. SAELens' BatchTopK and Matryoshka on activations were not run in float64.",
         "",
     ]
     lines += [
