@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 #: and the bytes that any kernel may spill there: Hopper is what they are written for
 ARCHITECTURES = {"sm_80": 64, "sm_90a": 0, "sm_100": 16}
 #: Kernels that may keep a little in local memory, by a part of their (mangled) names, and the most bytes they may
-#: spill. Group-max holds the best of each group; the repair and the float32 encoders (which no tensor core takes) are
-#: for the few rows and runs that need them.
+#: spill. Group-max holds the best of each group; the repair is for rows whose certificate failed; the portable encoders
+#: are what other GPUs than Hopper run, spills and all: to be looked at first where one of them is at hand.
 NOT_HOT = {"GroupMax": 800, "repair": 600, "merge": 200, "portable": 300, "_rows": 200, "scan": 600}
 
 pytestmark = [
